@@ -1,0 +1,184 @@
+"""From a config to training data that is read, checked and planned.
+
+    records -> length pass (tokenise all, check all, report) -> trees -> plan of every step -> stream of HostBatch
+
+The length pass happens once, before anything is compiled, so a bad sample stops the run in its first minute and not
+in its tenth hour. All that is left for later is to read pixels.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import logging
+
+from moe_vlm_jax import config as config_lib
+from moe_vlm_jax.data import images as images_lib
+from moe_vlm_jax.data import lengths as lengths_lib
+from moe_vlm_jax.data import planning, sources, stream, tokenize, trees
+from moe_vlm_jax.data.records import Example, Record
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainData:
+    """A source, read, checked and planned.
+
+    Attributes:
+      report: what the length pass found (see lengths.measure) and how full rows are.
+      steps_per_epoch: of the first epoch; later ones may differ by a step, as trees are packed anew.
+      source, builder, num_workers, fingerprint: what iterators are made of.
+    """
+
+    report: dict[str, Any]
+    steps_per_epoch: int
+    source: stream.StepSource
+    builder: stream.BatchBuilder
+    num_workers: int
+    fingerprint: str
+
+    def total_steps(self, epochs: float) -> int:
+        """Returns the number of steps of so many epochs, a part of an epoch rounded up."""
+        whole = math.floor(epochs)
+        start = self.source.start(whole)
+        part = epochs - whole
+        return start + (math.ceil(part * (self.source.start(whole + 1) - start)) if part else 0)
+
+    def iterator(self, *, start_epoch: int = 0) -> stream.TrainIterator:
+        """Returns an endless iterator over this host's batches."""
+        first = self.source.start(start_epoch)
+        return stream.TrainIterator(self.source, self.builder, self.num_workers, self.fingerprint, first)
+
+
+def make_train_data(config: config_lib.RunConfig, *, process_index: int = 0, process_count: int = 1) -> TrainData:
+    """Reads, checks and plans the training data of a run.
+
+    Args:
+      config: the run.
+      process_index, process_count: this host among all; each builds an even share of every batch.
+
+    Raises:
+      ValueError: a setting or (with data.on_bad_sample='error') a sample breaks a rule.
+    """
+    data = config.data
+    tokenizer = tokenize.load_tokenizer(data.tokenizer)
+    transform = images_lib.transform_for(config.model.vision, data)
+
+    def encode(record: Record) -> tuple[Example, bool]:
+        whole = tokenize.encode(
+            record, tokenizer, data.template, max_text_tokens=data.max_text_tokens, answer_prompt=data.answer_prompt
+        )
+        return tokenize.truncate(whole, data.max_text_tokens), len(whole.tokens) > data.max_text_tokens
+
+    return build_train_data(
+        config,
+        sources.load_records(data, data.split),
+        encode=encode,
+        check_image=transform.check,
+        load_image=transform,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def build_train_data(
+    config: config_lib.RunConfig,
+    records: Sequence[Record],
+    *,
+    encode: Callable[[Record], tuple[Example, bool]],
+    check_image: Callable[[Any], None],
+    load_image: trees.LoadImage,
+    process_index: int,
+    process_count: int,
+) -> TrainData:
+    """Returns the training data of these records; see `make_train_data` and `lengths.measure` for the arguments."""
+    data, training, vision = config.data, config.training, config.model.vision
+    _check_settings(config, process_count)
+    limits = lengths_lib.Limits(
+        max_row=max(data.row_lengths),
+        images_per_row=data.images_per_row,
+        num_patches=vision.num_tokens,
+    )
+    examples, report = lengths_lib.measure(
+        records, encode=encode, check_image=check_image, limits=limits, on_bad_sample=data.on_bad_sample
+    )
+    forest = planning.form_trees(
+        examples,
+        num_patches=vision.num_tokens,
+        share_prefix=data.share_prefix,
+        max_branches=data.max_branches,
+        max_length=limits.max_row,
+    )
+    room = data.images_per_row if data.pack else int(forest.images.max())
+    layout = planning.Layout(
+        row_lengths=tuple(data.row_lengths),
+        images_per_row=room if forest.images.any() else 0,
+        rows_per_step=training.batch_size * training.accumulation,
+        pack=data.pack,
+        seed=training.seed,
+    )
+    source = stream.StepSource(forest.lengths, forest.images, layout)
+    steps = source.start(1)
+    report |= _fill(source, report)
+    logging.info("training data: %s", {k: v for k, v in report.items() if k != "dropped_ids"})
+    return TrainData(
+        report=report,
+        steps_per_epoch=steps,
+        source=source,
+        builder=stream.BatchBuilder(
+            examples=examples,
+            members=forest.members,
+            layout=layout,
+            num_patches=vision.num_tokens,
+            image_size=vision.image_size,
+            load_image=load_image,
+            accumulation=training.accumulation,
+            process_index=process_index,
+            process_count=process_count,
+        ),
+        num_workers=data.num_workers,
+        fingerprint=_fingerprint(examples, forest, layout),
+    )
+
+
+def _check_settings(config: config_lib.RunConfig, process_count: int) -> None:
+    data, batch_size = config.data, config.training.batch_size
+    if list(data.row_lengths) != sorted(set(data.row_lengths)) or not data.row_lengths or data.row_lengths[0] < 1:
+        raise ValueError(f"data.row_lengths={data.row_lengths} must be positive and ascending; sort them.")
+    if max(data.row_lengths) > config.model.decoder.max_positions:
+        raise ValueError(
+            f"data.row_lengths={data.row_lengths} must not exceed decoder.max_positions="
+            f"{config.model.decoder.max_positions}; shorten the rows."
+        )
+    if batch_size % process_count:
+        raise ValueError(
+            f"training.batch_size={batch_size} rows cannot be split evenly over {process_count} hosts; use a multiple."
+        )
+
+
+def _fill(source: stream.StepSource, report: dict[str, Any]) -> dict[str, Any]:
+    """Returns how well sharing and packing work, over the first epoch."""
+    steps = [source[i] for i in range(source.start(1))]
+    slots = sum(step.row_length * len(step.rows) for step in steps)
+    room = source.layout.images_per_row * sum(len(step.rows) for step in steps)
+    tokens = int(source.lengths.sum())
+    separate = report["text_tokens"]["total"] + report["image_tokens"]["total"]
+    return {
+        "trees": len(source.lengths),
+        "steps_per_epoch": len(steps),
+        "row_lengths": dict(collections.Counter(step.row_length for step in steps)),
+        "row_fill": round(tokens / slots, 4),  # slots with a token / all slots
+        "image_fill": round(int(source.images.sum()) / room, 4) if room else None,
+        "tokens_per_question_ratio": round(tokens / separate, 4),  # with shared prefixes / without
+    }
+
+
+def _fingerprint(examples: Sequence[Example], forest: planning.Forest, layout: planning.Layout) -> str:
+    """Returns a short name of everything that decides which sample is in which step."""
+    content = hashlib.sha256()
+    for tree, length in zip(forest.members, forest.lengths, strict=True):
+        content.update(repr(([examples[i].id for i in tree], int(length))).encode())
+    content.update(repr(layout).encode())
+    return content.hexdigest()[:16]

@@ -1,0 +1,249 @@
+"""Asks a model the questions of a data split and scores its answers.
+
+Prompts of similar length share a batch, so a run compiles a handful of shapes; questions about one image stand
+together and share its encoding.
+"""
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from flax import nnx
+
+from moe_vlm_jax import config as config_lib
+from moe_vlm_jax.data import bad_samples, tokenize
+from moe_vlm_jax.data import images as images_lib
+from moe_vlm_jax.data import records as records_lib
+from moe_vlm_jax.decoding import generate as generate_lib
+from moe_vlm_jax.evaluation import blind, scorers
+
+Record = records_lib.Record
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+    """Answers and their scores.
+
+    Attributes:
+      asked: the records that were asked, in their order.
+      predictions: a dict for each of them: id, question, answers, prediction, truncated (no end token came within
+        max_new_tokens), exact_match, anls, answer_type.
+      scores: means, overall and per answer type.
+      skipped: how many records were not asked, by reason (not those beyond max_questions).
+    """
+
+    asked: list[Record]
+    predictions: list[dict]
+    scores: scorers.Scores
+    skipped: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bucket:
+    """Questions that run under one static shape: their indices batch by batch, row length and image room."""
+
+    batches: list[list[int]]
+    row_length: int
+    num_images: int
+
+
+def evaluate_records(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    config: config_lib.RunConfig,
+    records: Sequence[Record],
+    tokenizer: Any,
+    transform: images_lib.ImageTransform,
+    *,
+    shuffle_images: bool = False,
+) -> EvaluationResult:
+    """Returns the model's answers to the records, at most evaluation.max_questions of them, and their scores.
+
+    The model routes without capacity, whatever it trains with, so an answer does not depend on its batch.
+
+    Args:
+      graphdef: of a `models.vlm.VLM`.
+      params: its parameters.
+      config: model, data (template, prompt, bad samples), generation and evaluation settings.
+      records: held-out records; questions about one image next to each other are cheaper.
+      tokenizer: as `tokenize.load_tokenizer` gives it.
+      transform: of the model's vision tower.
+      shuffle_images: ask every question about another record's image (`blind.shuffle_images`).
+
+    Raises:
+      ValueError: nothing to ask, or a record that cannot be asked where data.on_bad_sample is 'error'.
+    """
+    chosen = select_questions(records, limit=config.evaluation.max_questions, seed=config.generation.seed)
+    asked, prompts, skipped = _encode(chosen, config.data, tokenizer, transform)
+    skipped["no_answers"] = sum(not record.answers for record in records)
+    for reason, count in skipped.items():
+        if count:
+            logging.info("%d of %d records are not asked: %s", count, len(records), reason)
+    shown = blind.shuffle_images(asked, seed=config.generation.seed) if shuffle_images else asked
+    graphdef = generate_lib.dropless_graphdef(graphdef, params)
+    answers = answer_prompts(graphdef, params, config, [r.images for r in shown], prompts, tokenizer, transform)
+    predictions = [
+        {
+            "id": record.id,
+            "question": blind.question_of(record),
+            "answers": list(record.answers),
+            "prediction": text,
+            "truncated": not stopped,
+            **blind.score_row(record, text),
+        }
+        for record, (text, stopped) in zip(asked, answers, strict=True)
+    ]
+    return EvaluationResult(asked, predictions, scorers.aggregate(predictions), skipped)
+
+
+def select_questions(records: Sequence[Record], *, limit: int, seed: int) -> list[Record]:
+    """Returns the records with answers, in their order; beyond the limit, a random draw (by seed) of them.
+
+    The draw is over the whole split, not its first questions, and over questions, not images: the fewer questions
+    share an image, the more a score of as many questions says.
+
+    Args:
+      records: any records.
+      limit: most questions to ask; 0 is all.
+      seed: of the draw.
+    """
+    asked = [record for record in records if record.answers]
+    if not limit or len(asked) <= limit:
+        return asked
+    drawn = np.random.default_rng(seed).choice(len(asked), size=limit, replace=False)
+    return [asked[i] for i in sorted(drawn)]
+
+
+def _encode(
+    records: Sequence[Record], data: config_lib.DataConfig, tokenizer: Any, transform: images_lib.ImageTransform
+) -> tuple[list[Record], list[np.ndarray], collections.Counter]:
+    """Returns the usable records, their prompts, and how many were left out by kind of fault."""
+    bad = bad_samples.BadSamples(data.on_bad_sample)
+    asked, prompts = [], []
+    checked = set()
+    for record in records:
+        try:
+            prompt = tokenize.encode_prompt(record, tokenizer, data.template, answer_prompt=data.answer_prompt)
+            for image in set(record.images) - checked:
+                transform.check(image, record.id)
+                checked.add(image)
+        except bad_samples.SampleError as error:
+            bad.handle(error)
+        else:
+            asked.append(record)
+            prompts.append(prompt)
+    bad.report(kept=len(asked), what="evaluation")
+    if not asked:
+        raise ValueError("0 records have answers to compare with; evaluation needs at least 1; check data.eval_split.")
+    return asked, prompts, bad.counts
+
+
+def answer_prompts(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    config: config_lib.RunConfig,
+    images: Sequence[tuple],
+    prompts: Sequence[np.ndarray],
+    tokenizer: Any,
+    transform: images_lib.ImageTransform,
+) -> list[tuple[str, bool]]:
+    """Returns (text, whether it ended by itself) for each prompt with its images.
+
+    Args:
+      graphdef: its routing is used as it is.
+      params: parameters.
+      config: model, template, generation and evaluation.batch_size.
+      images: references of each prompt's images.
+      prompts: int32[T] each, as `tokenize.encode_prompt` gives them.
+      tokenizer: turns ids into text.
+      transform: of the model's vision tower.
+    """
+    per_image = config.model.vision.num_tokens
+    lengths = [generate_lib.expanded_length(tokens, per_image) for tokens in prompts]
+    buckets = _plan(lengths, images, config.evaluation.batch_size)
+    # Room for the images of two batches: one image must stay one object within a batch.
+    load = functools.lru_cache(maxsize=2 * max(bucket.num_images for bucket in buckets))(transform)
+    end_tokens = tokenize.end_tokens(tokenizer, config.data.template)
+    answers: dict[int, tuple[str, bool]] = {}
+    progress = _Progress(len(prompts))
+
+    def collect(indices: list[int], out: generate_lib.Generated) -> None:
+        tokens, length, stopped = (np.asarray(array) for array in out)
+        for row, index in enumerate(indices):
+            ids = tokens[row, : length[row]].tolist()
+            answers[index] = (tokenizer.decode(ids, skip_special_tokens=True).strip(), bool(stopped[row]))
+        progress.report(len(answers))
+
+    running = None  # the batch on the device while the host prepares the next one
+    for bucket in buckets:
+        for indices in bucket.batches:
+            batch = generate_lib.prompt_batch(
+                [generate_lib.Prompt(prompts[i], tuple(load(image) for image in images[i])) for i in indices],
+                tokens_per_image=per_image,
+                row_length=bucket.row_length,
+                num_images=bucket.num_images,
+                image_size=config.model.vision.image_size,
+            )
+            out = generate_lib.generate(
+                graphdef,
+                params,
+                batch,
+                config=config.model,
+                generation=config.generation,
+                end_tokens=end_tokens,
+                row_ids=indices,
+            )
+            if running is not None:
+                collect(*running)
+            running = (indices, out)
+    if running is not None:
+        collect(*running)
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _plan(lengths: Sequence[int], images: Sequence[tuple], batch_size: int) -> list[_Bucket]:
+    """Returns few buckets of full batches that hold every question once (the last batch repeats its last question).
+
+    Row lengths are multiples of a quarter of the power of two below them, so at most a fifth of a row is padding;
+    what does not fill a batch moves up to the next longer bucket.
+    """
+    by_length = collections.defaultdict(list)
+    for i, length in enumerate(lengths):
+        by_length[_round_up(length)].append(i)
+    batch_size = min(batch_size, len(lengths))
+    buckets, left = [], []
+    for row_length in sorted(by_length):
+        members = sorted(left + by_length[row_length])
+        full = len(members) // batch_size * batch_size
+        if row_length == max(by_length):
+            members += [members[-1]] * (-len(members) % batch_size)
+            full = len(members)
+        batches = [members[at : at + batch_size] for at in range(0, full, batch_size)]
+        left = members[full:]
+        if batches:
+            room = max(len({image for i in batch for image in images[i]}) for batch in batches)
+            buckets.append(_Bucket(batches=batches, row_length=row_length, num_images=room))
+    return buckets
+
+
+def _round_up(length: int) -> int:
+    unit = max(8, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // unit) * unit
+
+
+class _Progress:
+    """Logs how many questions are answered, at most every ten seconds, and at the end."""
+
+    def __init__(self, total: int):
+        self.total, self.start, self.last = total, time.monotonic(), time.monotonic()
+
+    def report(self, done: int) -> None:
+        now = time.monotonic()
+        if done == self.total or now - self.last > 10:
+            logging.info("answered %d of %d questions in %.0f s", done, self.total, now - self.start)
+            self.last = now

@@ -1,0 +1,244 @@
+"""The language model: embeddings, blocks (parallel or sequential), final norm, head; all families by config."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_vlm_jax import config as config_lib
+from moe_vlm_jax.models import placement, vision
+from moe_vlm_jax.moe import layer as moe_layer
+from moe_vlm_jax.moe import router as router_lib
+from moe_vlm_jax.nn import attention, linear, mlp, norms
+from moe_vlm_jax.nn import rotary as rotary_lib
+
+
+class Shared(NamedTuple):
+    """What every block of one forward pass uses alike."""
+
+    mask: jax.Array  # bool[B, 1, T, S]
+    rotary: rotary_lib.Rotary
+    context: router_lib.RouteContext
+    slot: jax.Array | None  # first cache slot written, with a cache
+
+
+class DecoderOutput(NamedTuple):
+    """hidden float[B, T, D] after the final norm; router: one RouterOutput per MoE layer, in layer order;
+    caches: per group, per block of the unit, a LayerCache with a leading axis R;
+    blocks: output of every block, float[B, T, D] each, when asked for."""
+
+    hidden: jax.Array
+    router: tuple[router_lib.RouterOutput, ...]
+    caches: tuple
+    blocks: tuple[jax.Array, ...] | None
+
+
+class Block(nnx.Module):
+    """One layer: attention and a feed-forward that is dense or a mixture of experts.
+
+    Parallel (Phi-2): x + attention(n) + mlp(n) with n = norm(x); sequential: two norms, one after the other.
+    """
+
+    def __init__(self, config: config_lib.ModelConfig, num_experts: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        dec = config.decoder
+        mlp_kwargs = {"gated": dec.gated_mlp, "act": dec.activation, "bias": dec.mlp_bias, "dtype": dtype, "rngs": rngs}
+        self.attention_norm = norms.Norm(dec.embed_dim, kind=dec.norm, eps=dec.norm_eps, dtype=dtype)
+        self.attention = attention.Attention(
+            dec.embed_dim,
+            num_heads=dec.num_heads,
+            num_kv_heads=dec.num_kv_heads,
+            head_dim=dec.head_dim,
+            qkv_bias=dec.qkv_bias,
+            output_bias=dec.output_bias,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.mlp_norm = (
+            None if dec.parallel_block else norms.Norm(dec.embed_dim, kind=dec.norm, eps=dec.norm_eps, dtype=dtype)
+        )
+        if num_experts:
+            self.moe = moe_layer.MoELayer(num_experts, dec.embed_dim, dec.mlp_dim, config.moe, **mlp_kwargs)
+        else:
+            self.mlp = mlp.MLP(dec.embed_dim, dec.mlp_dim, **mlp_kwargs)
+        self.num_experts = num_experts
+        self.residual_dropout = dec.residual_dropout
+
+    def __call__(
+        self,
+        x: jax.Array,
+        shared: Shared,
+        *,
+        key: jax.Array | None,
+        noise: jax.Array | None,
+        cache: attention.LayerCache | None,
+    ) -> tuple[jax.Array, router_lib.RouterOutput | None, attention.LayerCache]:
+        """Returns float[B, T, D], the routing (None for a dense layer) and this layer's keys and values.
+
+        Args:
+          x: float[B, T, D].
+          shared: mask, rotation and route context.
+          key: for dropout; None turns it off.
+          noise: this layer's routing noise, float32[M, E] or None.
+          cache: earlier keys and values, or None.
+        """
+        keys = (None, None) if key is None else jax.random.split(key)
+        normed = self.attention_norm(x)
+        y, cache = self.attention(normed, mask=shared.mask, rotary=shared.rotary, cache=cache, slot=shared.slot)
+        y = mlp.dropout(y, self.residual_dropout, keys[0])
+        if self.mlp_norm is not None:
+            x, y = x + y, 0.0
+            normed = self.mlp_norm(x)
+        feed_forward, routed = self._feed_forward(normed, shared.context._replace(noise=noise))
+        return x + y + mlp.dropout(feed_forward, self.residual_dropout, keys[1]), routed, cache
+
+    def _feed_forward(self, x, context):
+        return self.moe(x, context) if self.num_experts else (self.mlp(x), None)
+
+
+class Unit(nnx.Module):
+    """The blocks that repeat together in one group (models/placement.py)."""
+
+    def __init__(self, config, experts: tuple[int, ...], *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.blocks = nnx.List([Block(config, e, dtype=dtype, rngs=rngs) for e in experts])
+
+
+class Decoder(nnx.Module):
+    """Embeddings in, hidden states out; `embed` and `head` connect it to tokens."""
+
+    def __init__(self, config: config_lib.ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        dec = config.decoder
+        self.embed = nnx.Embed(
+            dec.vocab_size,
+            dec.embed_dim,
+            param_dtype=dtype,
+            embedding_init=nnx.initializers.normal(dec.embed_init_std),
+            rngs=rngs,
+        )
+        self.layout = placement.group_layers(config.layer_experts)
+
+        def stack(group: placement.LayerGroup) -> Unit:
+            make = nnx.vmap(lambda r: Unit(config, group.experts, dtype=dtype, rngs=r), in_axes=0, out_axes=0)
+            return make(rngs.split(group.repeats))
+
+        self.groups = nnx.List([stack(group) for group in self.layout])
+        self.final_norm = norms.Norm(dec.embed_dim, kind=dec.norm, eps=dec.norm_eps, dtype=dtype)
+        self.lm_head = (
+            None
+            if dec.tie_embeddings
+            else linear.Linear(dec.embed_dim, dec.vocab_size, bias=dec.lm_head_bias, dtype=dtype, rngs=rngs)
+        )
+        self.config = config
+
+    def head(self) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the kernel float[D, V] and bias float[V] (or None) of the vocabulary projection."""
+        if self.lm_head is None:
+            return self.embed.embedding[...].T, None
+        return self.lm_head.kernel[...], None if self.lm_head.bias is None else self.lm_head.bias[...]
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        position: jax.Array,
+        mask: jax.Array,
+        context: router_lib.RouteContext,
+        key: jax.Array | None = None,
+        noise: tuple[jax.Array, ...] | None = None,
+        caches: tuple | None = None,
+        slot: jax.Array | None = None,
+        collect_blocks: bool = False,
+    ) -> DecoderOutput:
+        """Runs all blocks.
+
+        Args:
+          x: float[B, T, D] embeddings.
+          position: int32[B, T].
+          mask: bool[B, 1, T, S].
+          context: what routers may know.
+          key: for dropout; None turns it off.
+          noise: float32[M, E] for each MoE layer in order, or None.
+          caches: DecoderOutput.caches of an earlier call, to be extended.
+          slot: int32[] first cache slot that x is written to.
+          collect_blocks: also return every block's output.
+        """
+        dec = self.config.decoder
+        rotary = rotary_lib.angles(position, rotary_dim=dec.rotary_dim, theta=dec.rope_theta)
+        shared = Shared(mask, rotary, context, slot)
+        num_layers = len(self.config.layer_experts)
+        embed_key, layer_keys = None, None
+        if key is not None:
+            embed_key, layers_key = jax.random.split(key)
+            layer_keys = jax.random.split(layers_key, num_layers)
+        x = mlp.dropout(x, dec.embed_dropout, embed_key)
+
+        routed: dict[int, router_lib.RouterOutput] = {}
+        blocks: dict[int, jax.Array] = {}
+        new_caches = []
+        for g, (group, unit) in enumerate(zip(self.layout, self.groups, strict=True)):
+            x, outputs = self._run_group(
+                x,
+                unit,
+                shared,
+                keys=_per_block(layer_keys, group, range(num_layers)),
+                noise=_per_block(noise, group, self._moe_layers()),
+                caches=None if caches is None else caches[g],
+                collect_blocks=collect_blocks,
+            )
+            new_caches.append(tuple(cache for _, cache, _ in outputs))
+            for b, (router_output, _, block_output) in enumerate(outputs):
+                for r in range(group.repeats):
+                    layer = group.layer(b, r)
+                    if router_output is not None:
+                        routed[layer] = jax.tree.map(lambda a, r=r: a[r], router_output)
+                    if collect_blocks:
+                        blocks[layer] = block_output[r]
+        return DecoderOutput(
+            self.final_norm(x),
+            tuple(routed[i] for i in sorted(routed)),
+            tuple(new_caches),
+            tuple(blocks[i] for i in range(num_layers)) if collect_blocks else None,
+        )
+
+    def _moe_layers(self) -> list[int]:
+        return [i for i, experts in enumerate(self.config.layer_experts) if experts]
+
+    def _run_group(self, x, unit, shared, *, keys, noise, caches, collect_blocks):
+        """Scans one group; returns x and, per block of the unit, (routing, cache, block output), each [R, ...]."""
+        graphdef, state = nnx.split(unit)
+
+        def body(carry, step):
+            unit_state, unit_keys, unit_noise, unit_caches = step
+            outputs = []
+            for b, block in enumerate(nnx.merge(graphdef, unit_state).blocks):
+                carry, router_output, cache = block(
+                    carry,
+                    shared,
+                    key=unit_keys[b],
+                    noise=unit_noise[b],
+                    cache=None if unit_caches is None else unit_caches[b],
+                )
+                outputs.append((router_output, cache, carry if collect_blocks else None))
+            return carry, tuple(outputs)
+
+        xs = (state, keys, noise, caches)
+        return jax.lax.scan(vision.rematerialise(body, self.config.remat), x, xs, unroll=self.config.scan_unroll)
+
+
+def _per_block(values, group: placement.LayerGroup, layers) -> tuple:
+    """Returns, per block of the unit, the values of its layers stacked [R, ...], or None where there are none.
+
+    Args:
+      values: one array for each layer index of `layers`, or None.
+      group: the group whose layers are picked.
+      layers: the layer indices that `values` belongs to, in order.
+    """
+    place = {layer: i for i, layer in enumerate(layers)}
+
+    def block_values(b: int):
+        wanted = [group.layer(b, r) for r in range(group.repeats)]
+        if values is None or any(layer not in place for layer in wanted):
+            return None
+        return jnp.stack([values[place[layer]] for layer in wanted])
+
+    return tuple(block_values(b) for b in range(len(group.experts)))

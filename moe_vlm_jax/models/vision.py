@@ -1,0 +1,112 @@
+"""The vision tower: a CLIP or SigLIP vision transformer, by config (Radford et al. 2021; Zhai et al. 2023)."""
+
+import einops
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_vlm_jax import config as config_lib
+from moe_vlm_jax.nn import attention, linear, mlp, norms
+
+
+class VisionBlock(nnx.Module):
+    """x += attention(norm x); x += mlp(norm x), every token seeing every token."""
+
+    def __init__(self, config: config_lib.VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        dim = config.embed_dim
+        self.norm1 = norms.Norm(dim, kind="layernorm", eps=config.norm_eps, dtype=dtype)
+        self.attention = attention.Attention(
+            dim,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_heads,
+            head_dim=dim // config.num_heads,
+            qkv_bias=True,
+            output_bias=True,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.norm2 = norms.Norm(dim, kind="layernorm", eps=config.norm_eps, dtype=dtype)
+        self.mlp = mlp.MLP(dim, config.mlp_dim, gated=False, act=config.activation, bias=True, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float[I, P, C] -> float[I, P, C]."""
+        x = x + self.attention(self.norm1(x), mask=None)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTower(nnx.Module):
+    """Pixels to patch features, float32[I, S, S, 3] -> float[I, P, C]."""
+
+    def __init__(self, config: config_lib.VisionConfig, *, dtype: jnp.dtype, remat: str, rngs: nnx.Rngs):
+        dim, patch = config.embed_dim, config.patch_size
+        num_positions = config.num_patches + int(config.class_token)
+        std = config.position_init_std
+        self.patch_embed = linear.Linear(patch * patch * 3, dim, bias=config.patch_bias, dtype=dtype, rngs=rngs)
+        self.class_embed = (
+            nnx.Param((std * jax.random.normal(rngs.params(), (dim,))).astype(dtype)) if config.class_token else None
+        )
+        self.position_embed = nnx.Param((std * jax.random.normal(rngs.params(), (num_positions, dim))).astype(dtype))
+        self.pre_norm = norms.Norm(dim, kind="layernorm", eps=config.norm_eps, dtype=dtype) if config.pre_norm else None
+
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(layer_rngs: nnx.Rngs) -> VisionBlock:
+            return VisionBlock(config, dtype=dtype, rngs=layer_rngs)
+
+        self.blocks = stack(rngs.split(config.num_layers))
+        # Not on the path to the language model (LLaVA reads an inner layer); kept to write a whole tower back.
+        self.post_norm = norms.Norm(dim, kind="layernorm", eps=config.norm_eps, dtype=dtype)
+        self.config = config
+        self.remat = remat
+
+    def __call__(self, images: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+        """Returns the hidden state select_layer without its first skip_tokens tokens.
+
+        Args:
+          images: float32[I, S, S, 3] normalised pixels.
+          dtype: dtype of the computation.
+        """
+        return self.hidden_states(images, dtype=dtype)[0][:, self.config.skip_tokens :]
+
+    def hidden_states(self, images: jax.Array, *, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Returns the selected hidden state [I, tokens, C] and, stacked, the output of each block up to it."""
+        config = self.config
+        # 384 pixels are 27 patches of 14 and 6 pixels over, which the stride of SigLIP's convolution leaves out too.
+        side = config.image_size // config.patch_size * config.patch_size
+        patches = einops.rearrange(
+            images[:, :side, :side].astype(dtype),
+            "I (h p) (w q) c -> I (h w) (p q c)",
+            p=config.patch_size,
+            q=config.patch_size,
+        )
+        x = self.patch_embed(patches)  # [I, P, C]
+        if self.class_embed is not None:
+            first = jnp.broadcast_to(self.class_embed[...].astype(dtype), (x.shape[0], 1, x.shape[-1]))
+            x = jnp.concatenate([first, x], axis=1)
+        x = x + self.position_embed[...].astype(dtype)
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
+
+        graphdef, state = nnx.split(self.blocks)
+        # select_layer counts hidden states, of which there is one more than blocks; later blocks never run.
+        used = config.num_layers + 1 + config.select_layer if config.select_layer < 0 else config.select_layer
+        state = jax.tree.map(lambda leaf: leaf[:used], state)
+
+        def body(carry, block_state):
+            y = nnx.merge(graphdef, block_state)(carry)
+            return y, y
+
+        return jax.lax.scan(rematerialise(body, self.remat), x, state)
+
+
+def rematerialise(body, policy: str):
+    """Returns a scan body that recomputes its inside in the backward pass, by the config's remat policy."""
+    match policy:
+        case "none":
+            return body
+        case "full":
+            return jax.checkpoint(body, prevent_cse=False)  # inside scan nothing can be merged across iterations
+        case "dots":
+            return jax.checkpoint(
+                body, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            )
+    raise ValueError(f"remat={policy!r} is unknown; use none, full or dots.")

@@ -1,0 +1,217 @@
+"""The vision-language model: tower -> projector -> image tokens spliced into text -> decoder."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_vlm_jax import batch as batch_lib
+from moe_vlm_jax import config as config_lib
+from moe_vlm_jax.models import decoder, projector, vision
+from moe_vlm_jax.moe import router as router_lib
+from moe_vlm_jax.nn import attention
+
+
+class ModelOutput(NamedTuple):
+    """Result of a forward pass.
+
+    Attributes:
+      hidden: float[B, T, D] after the final norm; `VLM.logits` turns it into scores.
+      router: one RouterOutput per MoE layer, in layer order.
+      blocks: output of every decoder block, float[B, T, D] each, when asked for.
+    """
+
+    hidden: jax.Array
+    router: tuple[router_lib.RouterOutput, ...]
+    blocks: tuple[jax.Array, ...] | None = None
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all layers for rows of S slots, and what the mask needs to know about each slot.
+
+    Attributes:
+      layers: DecoderOutput.caches.
+      tree, branch: int32[B, S].
+      valid: bool[B, S].
+      slot: int32[] next slot to write, the same in all rows; uneven prompts leave invalid slots between.
+      position: int32[B] rotary position of each row's next token.
+      row_tree, row_branch: int32[B] of each row's last token, inherited by new ones.
+    """
+
+    layers: tuple
+    tree: jax.Array
+    branch: jax.Array
+    valid: jax.Array
+    slot: jax.Array
+    position: jax.Array
+    row_tree: jax.Array
+    row_branch: jax.Array
+
+
+class VLM(nnx.Module):
+    """A LLaVA-style model whose decoder may hold mixture-of-experts layers."""
+
+    def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.param_dtype)
+        self.vision = vision.VisionTower(config.vision, dtype=dtype, remat=config.remat, rngs=rngs)
+        self.projector = projector.Projector(
+            config.projector, config.vision.embed_dim, config.decoder.embed_dim, dtype=dtype, rngs=rngs
+        )
+        self.decoder = decoder.Decoder(config, dtype=dtype, rngs=rngs)
+        self.config = config
+
+    def encode_images(self, images: jax.Array) -> jax.Array:
+        """float32[I, S, S, 3] -> image tokens float[I, P, D]."""
+        return self.projector(self.vision(images, dtype=jnp.dtype(self.config.compute_dtype)))
+
+    def embed(self, batch: batch_lib.Batch) -> jax.Array:
+        """Returns float[B, T, D]: word embeddings, image tokens at their slots, zeros at padding (as the reference)."""
+        x = self.decoder.embed.embedding[...][batch.tokens].astype(jnp.dtype(self.config.compute_dtype))
+        if batch.images is not None:
+            features = self.encode_images(batch.images)
+            features = features.reshape(-1, features.shape[-1])  # [I * P, D]
+            is_image = batch.image_slot >= 0
+            x = jnp.where(is_image[..., None], features[jnp.maximum(batch.image_slot, 0)], x)
+        return jnp.where(batch.valid[..., None], x, 0)
+
+    def __call__(
+        self,
+        batch: batch_lib.Batch,
+        *,
+        train: bool,
+        step: jax.Array | int = 0,
+        rng: jax.Array | None = None,
+        noise: tuple[jax.Array, ...] | None = None,
+        collect_blocks: bool = False,
+    ) -> ModelOutput:
+        """Runs the whole model on a batch.
+
+        Args:
+          batch: rows of T slots.
+          train: chooses the training capacity factor and turns dropout on (which then needs rng).
+          step: training step, for routers with a schedule.
+          rng: key for dropout and routing noise.
+          noise: routing noise per MoE layer, float32[M, E]; by default drawn from rng where the config asks for it.
+          collect_blocks: also return every decoder block's output.
+        """
+        out, _ = self._run(batch, train=train, step=step, rng=rng, noise=noise, collect_blocks=collect_blocks)
+        return ModelOutput(out.hidden, out.router, out.blocks)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float[..., D] -> float32[..., V]."""
+        kernel, bias = self.decoder.head()
+        scores = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return scores if bias is None else scores + bias.astype(jnp.float32)
+
+    def head(self) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the vocabulary projection, kernel float[D, V] and bias float[V] or None."""
+        return self.decoder.head()
+
+    def prefill(self, batch: batch_lib.Batch, cache_length: int) -> tuple[jax.Array, KVCache]:
+        """Runs prompts and keeps their keys and values, ready for `decode_step`.
+
+        Args:
+          batch: one prompt a row, padded on either side.
+          cache_length: S >= T slots; S - T tokens can be generated.
+
+        Returns:
+          hidden float[B, T, D] and the cache.
+        """
+        length = batch.tokens.shape[1]
+        if cache_length < length:
+            raise ValueError(f"cache_length={cache_length} is shorter than the prompts ({length}); enlarge it.")
+        out, _ = self._run(batch, train=False, step=0, rng=None, noise=None, collect_blocks=False)
+
+        def grow(a: jax.Array, axis: int) -> jax.Array:
+            pads = [(0, 0)] * a.ndim
+            pads[axis] = (0, cache_length - length)
+            return jnp.pad(a, pads)
+
+        last = jnp.argmax(jnp.where(batch.valid, jnp.arange(length), -1), axis=1)
+
+        def at_last(a: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(a, last[:, None], axis=1)[:, 0]
+
+        cache = KVCache(
+            layers=jax.tree.map(lambda a: grow(a, 2), out.caches),  # [R, B, S, K, H]
+            tree=grow(batch.tree, 1),
+            branch=grow(batch.branch, 1),
+            valid=grow(batch.valid, 1),
+            slot=jnp.asarray(length, jnp.int32),
+            position=at_last(batch.position) + 1,
+            row_tree=at_last(batch.tree),
+            row_branch=at_last(batch.branch),
+        )
+        return out.hidden, cache
+
+    def decode_step(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Runs one more token of each row.
+
+        Args:
+          tokens: int32[B, 1].
+          cache: of `prefill` or an earlier step; it must have a free slot.
+
+        Returns:
+          hidden float[B, 1, D] and the cache with the token in it.
+        """
+        column = jnp.arange(cache.tree.shape[1]) == cache.slot
+        cache = cache._replace(
+            tree=jnp.where(column, cache.row_tree[:, None], cache.tree),
+            branch=jnp.where(column, cache.row_branch[:, None], cache.branch),
+            valid=cache.valid | column,
+        )
+        ones = jnp.ones_like(tokens, dtype=bool)
+        row = batch_lib.Batch(
+            tokens=tokens,
+            image_slot=jnp.full_like(tokens, -1),
+            images=None,
+            labels=jnp.full_like(tokens, batch_lib.IGNORE_INDEX),
+            position=cache.position[:, None],
+            tree=cache.row_tree[:, None],
+            branch=cache.row_branch[:, None],
+            valid=ones,
+        )
+        out, layers = self._run(row, train=False, step=0, rng=None, noise=None, collect_blocks=False, cache=cache)
+        return out.hidden, cache._replace(layers=layers, slot=cache.slot + 1, position=cache.position + 1)
+
+    def _run(self, batch, *, train, step, rng, noise, collect_blocks, cache: KVCache | None = None):
+        dropout_key, noise_key = (None, None) if rng is None else jax.random.split(rng)
+        keys = batch if cache is None else cache
+        slots = jnp.arange(batch.tokens.shape[1]) + (0 if cache is None else cache.slot)
+        mask = attention.tree_mask(
+            (batch.tree, batch.branch),
+            (keys.tree, keys.branch, keys.valid),
+            query_slot=slots,
+            key_slot=jnp.arange(keys.tree.shape[1]),
+        )
+        context = router_lib.RouteContext(
+            modality=(batch.image_slot >= 0).astype(jnp.int32),
+            valid=batch.valid,
+            tree=batch.tree,
+            branch=batch.branch,
+            step=jnp.asarray(step, jnp.int32),
+            train=train,
+        )
+        out = self.decoder(
+            self.embed(batch),
+            position=batch.position,
+            mask=mask,
+            context=context,
+            key=dropout_key if train else None,
+            noise=self._noise(noise_key, batch.tokens.size) if noise is None else noise,
+            caches=None if cache is None else cache.layers,
+            slot=None if cache is None else cache.slot,
+            collect_blocks=collect_blocks,
+        )
+        return out, out.caches
+
+    def _noise(self, key: jax.Array | None, num_tokens: int) -> tuple[jax.Array, ...] | None:
+        """Draws the parity noise of every MoE layer, or None where the config asks for none."""
+        moe = self.config.moe
+        if key is None or not (moe.gumbel_second_choice or moe.random_token_selection):
+            return None
+        draw = jax.random.gumbel if moe.gumbel_second_choice else jax.random.uniform
+        experts = [e for e in self.config.layer_experts if e]
+        keys = jax.random.split(key, len(experts))
+        return tuple(draw(k, (num_tokens, e), jnp.float32) for k, e in zip(keys, experts, strict=True))

@@ -1,0 +1,181 @@
+"""Three interchangeable ways to bring tokens to their experts and the results back.
+
+All read the same RouterOutput and return float[M, D] plus the number of assignments dropped:
+
+    dense      every expert on every token, weighted; E / k times the work; what the others are tested against
+    capacity   C slots an expert, later tokens dropped: GShard's top-2 as DeepSpeed 0.9.5 computes it
+    dropless   tokens sorted by expert, grouped matmul; exactly k experts' work a token
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_vlm_jax.moe import experts as experts_lib
+from moe_vlm_jax.moe import layouts, permute
+from moe_vlm_jax.moe import router as router_lib
+
+
+def dense(x: jax.Array, routed: router_lib.RouterOutput, experts: experts_lib.Experts) -> jax.Array:
+    """Returns sum_e combine[m, e] * expert_e(x[m]), float[M, D]."""
+    outputs = experts(x, layouts.EveryExpert())  # [E, M, D]
+    return jnp.einsum("ME,EMD->MD", routed.combine.astype(x.dtype), outputs)
+
+
+def dropless(
+    x: jax.Array,
+    routed: router_lib.RouterOutput,
+    experts: experts_lib.Experts,
+    *,
+    grouped_matmul: str,
+    block_rows: int,
+) -> jax.Array:
+    """Returns the same as dense with only the chosen experts computed, float[M, D].
+
+    Args:
+      x: float[M, D] tokens.
+      routed: choices; tokens with weight 0 everywhere take no row.
+      experts: the layer's experts.
+      grouped_matmul: 'ragged' or 'blocks'; 'auto' takes ragged on TPU, the one backend with a kernel for it.
+      block_rows: rows of a block; at most (E - 1) blocks are padding.
+    """
+    tokens, top_k = routed.index.shape
+    if grouped_matmul == "auto":
+        grouped_matmul = "ragged" if jax.default_backend() == "tpu" else "blocks"
+    block = 1 if grouped_matmul == "ragged" else min(block_rows, -(-tokens * top_k // 8) * 8)
+    active = jnp.any(routed.weight > 0, axis=-1, keepdims=True)
+    expert = jnp.where(active, routed.index, experts.num_experts).reshape(-1)  # [M * k]; E: goes nowhere
+    chosen = jax.nn.one_hot(expert, experts.num_experts, dtype=jnp.int32)  # [M * k, E]
+    rank = jnp.sum((jnp.cumsum(chosen, axis=0) - 1) * chosen, axis=-1)
+    sizes = chosen.sum(axis=0)
+    padded = -(-sizes // block) * block
+    ends = jnp.cumsum(padded)
+    num_rows = (tokens * top_k + experts.num_experts * (block - 1)) // block * block
+    start = jnp.sum(chosen * (ends - padded), axis=-1)
+    row_of_pair = jnp.where(expert < experts.num_experts, start + rank, num_rows).astype(jnp.int32)
+    row_of_token = row_of_pair.reshape(tokens, top_k)
+    pair_of_row = permute.invert(row_of_pair, num_rows)
+
+    if grouped_matmul == "ragged":
+        layout = layouts.Ragged(sizes)
+    else:
+        block_start = jnp.arange(num_rows // block) * block
+        expert_of_block = jnp.sum(block_start[:, None] >= ends[None, :-1], axis=-1)  # unused blocks: the last expert
+        layout = layouts.Blocks(expert_of_block.astype(jnp.int32))
+    rows = permute.rows_from_tokens(x, pair_of_row // top_k, row_of_token)
+    outputs = permute.tokens_from_rows(experts(rows, layout), row_of_token, pair_of_row)  # [M, k, D]
+    return jnp.einsum("Mk,MkD->MD", routed.weight.astype(x.dtype), outputs)
+
+
+class SlotPlan(NamedTuple):
+    """Which slot each choice of each token got.
+
+    Attributes:
+      slot: int32[S, k] place in the chosen expert's queue; meaningless where not kept.
+      kept: bool[S, k].
+      weight: float32[S, k] weights after drops.
+      dropped: float32[] choices of routed tokens without a slot.
+    """
+
+    slot: jax.Array
+    kept: jax.Array
+    weight: jax.Array
+    dropped: jax.Array
+
+
+def capacity_of(num_tokens: int, num_experts: int, top_k: int, *, factor: float, minimum: int) -> int:
+    """Returns C = max(ceil(tokens / experts * k * factor), minimum), rounded in float32 as the reference does."""
+    slots = np.float32(num_tokens / num_experts) * np.float32(top_k * factor)
+    return max(math.ceil(slots), minimum)
+
+
+def plan_slots(
+    index: jax.Array,
+    probs: jax.Array,
+    routed: jax.Array,
+    *,
+    capacity: int,
+    renormalize: bool,
+    priority: jax.Array | None = None,
+) -> SlotPlan:
+    """Assigns slots: first choices before second ones, earlier tokens before later (DeepSpeed 0.9.5 top2gating).
+
+    With capacity 1, two experts and tokens choosing (0,1), (0,1): token 0 keeps expert 0; both second choices want
+    expert 1, token 0 gets it; token 1 keeps nothing and its output is 0.
+
+    Args:
+      index: int32[S, k] choices of the S tokens of one group.
+      probs: float32[S, E].
+      routed: bool[S] False for tokens that take no slot.
+      capacity: C.
+      renormalize: weights of the KEPT choices sum to 1 (top_k = 1 keeps the raw probability).
+      priority: float32[S] the C highest of an expert's tokens stay (DeepSpeed's random token selection, top_k = 1);
+        None: the C earliest.
+    """
+    num_experts, top_k = probs.shape[-1], index.shape[-1]
+    chosen = jax.nn.one_hot(index, num_experts, dtype=jnp.int32) * routed[:, None, None]  # [S, k, E]
+    if priority is not None:
+        order = jnp.argsort(-priority)
+        place = jnp.zeros_like(chosen).at[order].set(jnp.cumsum(chosen[order], axis=0))
+        chosen = chosen * (place <= capacity)  # the drawn ones stay, and fill slots in token order
+    rank = jnp.cumsum(chosen, axis=0) - 1
+    totals = chosen.sum(axis=0)  # [k, E], counted before any drop
+    ahead = jnp.cumsum(totals, axis=0) - totals  # all choices of a better rank go first
+    slot = jnp.sum((rank + ahead) * chosen, axis=-1)
+    kept = (slot < capacity) & (chosen.sum(axis=-1) > 0)
+    weight = jnp.take_along_axis(probs, index, axis=-1) * kept
+    if renormalize and top_k > 1:
+        weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), jnp.finfo(jnp.float32).eps)
+    dropped = jnp.sum(routed) * top_k - jnp.sum(kept)
+    return SlotPlan(slot, kept, weight, dropped.astype(jnp.float32))
+
+
+def capacity(
+    x: jax.Array,
+    routed: router_lib.RouterOutput,
+    experts: experts_lib.Experts,
+    *,
+    takes_slot: jax.Array,
+    num_groups: int,
+    capacity: int,
+    renormalize: bool,
+    priority: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns float[M, D] and the number of dropped assignments.
+
+    Args:
+      x: float[M, D] tokens, M = num_groups * S.
+      routed: choices of all M tokens.
+      experts: the layer's experts.
+      takes_slot: bool[M] False for padding (unless parity asks for it).
+      num_groups: groups of S consecutive tokens that compete for slots among themselves only.
+      capacity: slots of an expert in each group.
+      renormalize: see plan_slots.
+      priority: float32[M] or None, see plan_slots.
+    """
+    tokens, top_k = routed.index.shape
+    size = tokens // num_groups
+    slots = min(capacity, size)  # a choice never ranks beyond the group's size
+
+    def plan_group(index, probs, mask, rank):
+        return plan_slots(index, probs, mask, capacity=slots, renormalize=renormalize, priority=rank)
+
+    def grouped(a):
+        return a.reshape(num_groups, size, *a.shape[1:])
+
+    ranks = None if priority is None else grouped(priority)
+    plan = jax.vmap(plan_group)(grouped(routed.index), grouped(routed.probs), grouped(takes_slot), ranks)
+    slots_per_expert = num_groups * slots
+    num_rows = experts.num_experts * slots_per_expert
+    group = jnp.arange(num_groups)[:, None, None]
+    row = grouped(routed.index) * slots_per_expert + group * slots + plan.slot
+    row_of_token = jnp.where(plan.kept, row, num_rows).reshape(tokens, top_k).astype(jnp.int32)
+    pair_of_row = permute.invert(row_of_token.reshape(-1), num_rows)
+    rows = permute.rows_from_tokens(x, pair_of_row // top_k, row_of_token)
+    outputs = experts(rows.reshape(experts.num_experts, slots_per_expert, -1), layouts.Slots())
+    outputs = permute.tokens_from_rows(outputs.reshape(num_rows, -1), row_of_token, pair_of_row)
+    weight = plan.weight.reshape(tokens, top_k).astype(x.dtype)
+    return jnp.einsum("Mk,MkD->MD", weight, outputs), plan.dropped.sum()

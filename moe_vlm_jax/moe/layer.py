@@ -1,0 +1,88 @@
+"""The MoE layer: router -> dispatch -> experts -> combine, in the place of a dense MLP."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_vlm_jax import config as config_lib
+from moe_vlm_jax.moe import dispatch
+from moe_vlm_jax.moe import experts as experts_lib
+from moe_vlm_jax.moe import router as router_lib
+from moe_vlm_jax.nn import linear, mlp
+
+
+class MoELayer(nnx.Module):
+    """num_experts MLPs behind a router; with use_residual, mixed with one dense MLP (PR-MoE, arXiv 2201.05596)."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        embed_dim: int,
+        mlp_dim: int,
+        config: config_lib.MoEConfig,
+        *,
+        gated: bool,
+        act: str,
+        bias: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = {"gated": gated, "act": act, "bias": bias, "dtype": dtype, "rngs": rngs}
+        self.router = router_lib.TopKRouter(embed_dim, num_experts, config, rngs=rngs)
+        self.experts = experts_lib.Experts(num_experts, embed_dim, mlp_dim, **kwargs)
+        self.residual = mlp.MLP(embed_dim, mlp_dim, **kwargs) if config.use_residual else None
+        self.coefficient = (
+            linear.Linear(embed_dim, 2, bias=True, dtype=dtype, rngs=rngs) if config.use_residual else None
+        )
+        self.config = config
+
+    def __call__(self, x: jax.Array, context: router_lib.RouteContext) -> tuple[jax.Array, router_lib.RouterOutput]:
+        """Returns float[B, T, D] and the routing of its M = B * T tokens."""
+        flat = x.reshape(-1, x.shape[-1])
+        routed = self.router(flat, context)
+        y, dropped = self._dispatch(flat, routed, context)
+        y = y.reshape(x.shape)
+        if self.residual is not None and self.coefficient is not None:
+            share = jax.nn.softmax(self.coefficient(x).astype(jnp.float32), axis=-1).astype(x.dtype)
+            y = y * share[..., 0:1] + self.residual(x) * share[..., 1:2]
+        return y, routed._replace(dropped=dropped)
+
+    def _dispatch(self, flat, routed, context) -> tuple[jax.Array, jax.Array]:
+        config = self.config
+        match config.dispatch:
+            case "dense":
+                return dispatch.dense(flat, routed, self.experts), jnp.zeros((), jnp.float32)
+            case "dropless":
+                y = dispatch.dropless(
+                    flat, routed, self.experts, grouped_matmul=config.grouped_matmul, block_rows=config.block_rows
+                )
+                return y, jnp.zeros((), jnp.float32)
+            case "capacity":
+                return self._capacity(flat, routed, context)
+        raise ValueError(f"moe.dispatch={config.dispatch!r} is unknown; use dropless, capacity or dense.")
+
+    def _capacity(self, flat, routed, context) -> tuple[jax.Array, jax.Array]:
+        config = self.config
+        num_groups = context.valid.shape[0] if config.capacity_group == "row" else 1
+        slots = dispatch.capacity_of(
+            flat.shape[0] // num_groups,
+            self.experts.num_experts,
+            config.top_k,
+            factor=config.capacity_factor if context.train else config.eval_capacity_factor,
+            minimum=config.min_capacity,
+        )
+        takes_slot = jnp.ones(flat.shape[0], bool) if config.padding_takes_capacity else context.valid.reshape(-1)
+        # The draw of the uniform noise belongs to the token's first choice (DeepSpeed's random token selection).
+        priority = None
+        if config.random_token_selection and config.top_k == 1 and context.noise is not None:
+            priority = jnp.take_along_axis(context.noise, routed.index, axis=-1)[:, 0]
+        return dispatch.capacity(
+            flat,
+            routed,
+            self.experts,
+            takes_slot=takes_slot,
+            num_groups=num_groups,
+            capacity=slots,
+            renormalize=config.renormalize,
+            priority=priority,
+        )

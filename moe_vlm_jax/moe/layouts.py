@@ -1,0 +1,125 @@
+"""How rows of tokens are arranged over experts, and the matmul that fits each arrangement.
+
+An expert layer is written once (moe/experts.py) and runs under any layout; a layout offers
+`matmul(rows, kernel [E, in, out])` and `add_bias(rows, bias [E, out])`.
+
+    EveryExpert   rows float[M, D] in, float[E, M, F] after: each expert sees every token (the oracle)
+    Slots         rows float[E, C, D]: each expert has C slots
+    Blocks        rows float[n * b, D]: blocks of b rows, one expert a block, sorted by expert
+    Ragged        rows float[R, D]: sorted by expert, group_sizes[e] rows each
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class EveryExpert(NamedTuple):
+    """Every expert computes every token."""
+
+    def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
+        letters = "MD,EDF->EMF" if rows.ndim == 2 else "EMD,EDF->EMF"
+        return jnp.einsum(letters, rows, kernel)
+
+    def add_bias(self, rows: jax.Array, bias: jax.Array) -> jax.Array:
+        return rows + bias[:, None, :]
+
+
+class Slots(NamedTuple):
+    """Each expert computes its C slots, filled or not."""
+
+    def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.einsum("ECD,EDF->ECF", rows, kernel)
+
+    def add_bias(self, rows: jax.Array, bias: jax.Array) -> jax.Array:
+        return rows + bias[:, None, :]
+
+
+class Blocks(NamedTuple):
+    """Blocks of sorted rows; expert_of_block int32[n], non-decreasing."""
+
+    expert_of_block: jax.Array
+
+    def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
+        return block_matmul(rows, kernel, self.expert_of_block)
+
+    def add_bias(self, rows: jax.Array, bias: jax.Array) -> jax.Array:
+        blocks = rows.reshape(self.expert_of_block.shape[0], -1, rows.shape[-1])
+        # One-hot rather than a gather: its transpose is a small matmul, not a scatter.
+        chosen = jax.nn.one_hot(self.expert_of_block, bias.shape[0], dtype=bias.dtype) @ bias
+        return (blocks + chosen[:, None, :]).reshape(rows.shape)
+
+
+class Ragged(NamedTuple):
+    """Sorted rows with int32[E] group sizes, for backends with a native grouped matmul (TPU)."""
+
+    group_sizes: jax.Array
+
+    def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(rows, kernel, self.group_sizes)
+
+    def add_bias(self, rows: jax.Array, bias: jax.Array) -> jax.Array:
+        ends = jnp.cumsum(self.group_sizes)
+        expert = jnp.sum(jnp.arange(rows.shape[0])[:, None] >= ends[None, :-1], axis=-1)
+        return rows + jax.nn.one_hot(expert, bias.shape[0], dtype=bias.dtype) @ bias
+
+
+@jax.custom_vjp
+def block_matmul(rows: jax.Array, kernel: jax.Array, expert_of_block: jax.Array) -> jax.Array:
+    """Returns float[n * b, F]: each block of rows times its own expert's matrix.
+
+    A loop over blocks does exactly the work of the blocks; `lax.ragged_dot` on CPU multiplies every row with every
+    expert. Autodiff of such a loop would add a zero-padded [E, D, F] array per block to the kernel's gradient, hence
+    the custom derivative, which adds each block's product in place.
+
+    Args:
+      rows: float[n * b, D].
+      kernel: float[E, D, F].
+      expert_of_block: int32[n].
+    """
+    return _multiply_blocks(rows, kernel, expert_of_block, contract=1)
+
+
+def _multiply_blocks(rows: jax.Array, kernel: jax.Array, expert_of_block: jax.Array, *, contract: int) -> jax.Array:
+    """Multiplies with the kernel's axis `contract` (1 in, 2 out): a transposed kernel is never made."""
+    blocks = _as_blocks(rows, expert_of_block)
+
+    def one_block(_, block_and_expert):
+        block, expert = block_and_expert
+        return None, jax.lax.dot_general(block, kernel[expert], (((1,), (contract - 1,)), ((), ())))
+
+    _, out = jax.lax.scan(one_block, None, (blocks, expert_of_block))
+    return out.reshape(rows.shape[0], -1)
+
+
+def _as_blocks(rows: jax.Array, expert_of_block: jax.Array) -> jax.Array:
+    return rows.reshape(expert_of_block.shape[0], -1, rows.shape[-1])
+
+
+def _block_fwd(rows, kernel, expert_of_block):
+    return block_matmul(rows, kernel, expert_of_block), (rows, kernel, expert_of_block)
+
+
+def _block_bwd(residuals, cotangent):
+    rows, kernel, expert_of_block = residuals
+    # Two loops, so that the second is dead code where the kernel is frozen.
+    row_gradient = _multiply_blocks(cotangent, kernel, expert_of_block, contract=2)
+    # XLA:CPU is faster with the narrower factor on the left: a wide kernel's gradient is summed up transposed.
+    transposed = kernel.shape[1] > kernel.shape[2]
+    left, right = (cotangent, rows) if transposed else (rows, cotangent)
+
+    def add_block(total, step):
+        left_block, right_block, expert = step
+        product = jnp.dot(left_block.T, right_block, preferred_element_type=jnp.float32)
+        return total.at[expert].add(product), None
+
+    steps = (_as_blocks(left, expert_of_block), _as_blocks(right, expert_of_block), expert_of_block)
+    zeros = jnp.zeros((kernel.shape[0], left.shape[1], right.shape[1]), jnp.float32)
+    kernel_gradient, _ = jax.lax.scan(add_block, zeros, steps)
+    if transposed:
+        kernel_gradient = jnp.swapaxes(kernel_gradient, 1, 2)
+    return row_gradient, kernel_gradient.astype(kernel.dtype), None
+
+
+block_matmul.defvjp(_block_fwd, _block_bwd)

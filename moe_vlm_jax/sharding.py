@@ -1,0 +1,143 @@
+"""The device mesh, and one table that says how every parameter lies on it.
+
+Axes: 'data' (rows), 'fsdp' (rows; parameters are cut too), 'expert' (rows; experts are spread), 'tensor' (inside a
+layer). Shardings are annotations: XLA inserts the communication (`AxisType.Auto`).
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_vlm_jax import batch as batch_lib
+from moe_vlm_jax import config as config_lib
+from moe_vlm_jax import validation
+
+AXES = ("data", "fsdp", "expert", "tensor")
+ROWS = ("data", "fsdp", "expert")  # a batch's rows are spread over all of these
+
+# Path pattern -> spec of the TRAILING axes; axes before them (stacked layers) are whole on every device.
+# The first pattern that matches the whole path counts, and every parameter must match one.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r".*/experts/(up|gate)/kernel", ("expert", "fsdp", "tensor")),  # [E, D, F]
+    (r".*/experts/down/kernel", ("expert", "tensor", "fsdp")),  # [E, F, D]
+    (r".*/experts/(up|gate)/bias", ("expert", "tensor")),  # [E, F]
+    (r".*/experts/down/bias", ("expert", None)),  # [E, D]
+    (r".*/(router|coefficient)/.*", ()),  # small, read by every device
+    (r".*/(q|k|v|up|gate)/kernel", ("fsdp", "tensor")),  # [in, out]
+    (r".*/(q|k|v|up|gate)/bias", ("tensor",)),
+    (r".*/(o|down)/kernel", ("tensor", "fsdp")),
+    (r".*/(o|down)/bias", ()),
+    (r"decoder/embed/embedding", ("tensor", "fsdp")),  # [V, D]
+    (r"decoder/lm_head/kernel", ("fsdp", "tensor")),  # [D, V]
+    (r"decoder/lm_head/bias", ("tensor",)),
+    (r"projector/linears/\d+/(kernel|bias)", ()),
+    (r".*/(\w*norm\d?)/(scale|bias)", ()),
+    (r"vision/(patch_embed/(kernel|bias)|class_embed|position_embed)", ()),
+)
+
+
+def make_mesh(config: config_lib.MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """Returns the mesh over the devices (default: all).
+
+    Raises:
+      ValueError: the axes' product is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    given = config.fsdp * config.expert * config.tensor
+    data = config.data or max(1, len(devices) // given)
+    if data * given != len(devices):
+        raise ValueError(
+            f"mesh data={data}, fsdp={config.fsdp}, expert={config.expert}, tensor={config.tensor} needs "
+            f"{data * given} devices but there are {len(devices)}; choose axes whose product is {len(devices)}, or "
+            "data=0 with the others dividing it."
+        )
+    shape = (data, config.fsdp, config.expert, config.tensor)
+    # Explicit axes, the default of make_mesh, cannot sort or gather over a sharded axis.
+    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec_for(path: str, rank: int) -> PartitionSpec:
+    """Returns where the parameter at this path, of this number of axes, lies.
+
+    >>> spec_for("decoder/groups/0/blocks/0/moe/experts/up/kernel", 4)
+    PartitionSpec(None, 'expert', 'fsdp', 'tensor')
+    """
+    for pattern, trailing in RULES:
+        if re.fullmatch(pattern, path):
+            return PartitionSpec(*(None,) * (rank - len(trailing)), *trailing)
+    raise ValueError(f"parameter {path!r} is named by no rule of sharding.RULES; add a pattern for it.")
+
+
+def state_shardings(state: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
+    """Returns the state with a NamedSharding in the place of every array.
+
+    Args:
+      state: arrays or jax.ShapeDtypeStructs.
+      mesh: from `make_mesh`.
+
+    Raises:
+      ValueError: parameters without a rule, or axes that the mesh does not divide; all in one message.
+    """
+    mistakes = []
+    placed = []
+    for path, variable in nnx.to_flat_state(state):
+        name = "/".join(map(str, path))
+
+        def place(array, name=name):
+            try:
+                spec = spec_for(name, len(array.shape))
+            except ValueError as error:
+                mistakes.append(str(error))
+                return NamedSharding(mesh, PartitionSpec())
+            mistakes.extend(_indivisible(name, array.shape, spec, mesh))
+            return NamedSharding(mesh, spec)
+
+        placed.append((path, jax.tree.map(place, variable)))
+    if mistakes:
+        raise ValueError("\n".join(dict.fromkeys(mistakes)))
+    return nnx.from_flat_state(placed)
+
+
+def batch_shardings(batch: batch_lib.Batch, mesh: jax.sharding.Mesh, *, accumulated: bool) -> batch_lib.Batch:
+    """Returns a NamedSharding for every array of a batch: rows over ROWS, images over all devices that divide them.
+
+    Args:
+      batch: arrays; images may be None.
+      mesh: from `make_mesh`.
+      accumulated: whether a leading axis of micro-batches precedes the rows.
+    """
+    lead = (None,) if accumulated else ()
+    row_devices = math.prod(mesh.shape[axis] for axis in ROWS)
+
+    def place(array) -> NamedSharding:
+        divisible = array.shape[len(lead)] % row_devices == 0
+        return NamedSharding(mesh, PartitionSpec(*lead, ROWS if divisible else None))
+
+    return jax.tree.map(place, batch)
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _indivisible(name: str, shape: Sequence[int], spec: PartitionSpec, mesh: jax.sharding.Mesh) -> list[str]:
+    """Returns one message per axis of the shape that the mesh does not divide."""
+    mistakes = []
+    for size, axis in zip(shape, spec, strict=True):
+        parts = 1 if axis is None else mesh.shape[axis]
+        if size % parts == 0:
+            continue
+        if axis == "expert":
+            mistakes.append(validation.indivisible_experts(size, parts))
+        else:
+            mistakes.append(
+                f"parameter {name!r} has an axis of {size}, which is not divisible by the {axis!r} mesh axis of size "
+                f"{parts}; set mesh.{axis} to a divisor of {size}."
+            )
+    return mistakes

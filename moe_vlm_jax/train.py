@@ -1,0 +1,118 @@
+"""Trains a model and shows what it learned.
+
+    python -m moe_vlm_jax.train --config configs/sft.py[:ARGUMENT] [--config.a.b=value ...] [--workdir runs/NAME]
+
+Evaluates on held-out questions before and after. The workdir (default runs/<name of the config>) then holds
+checkpoints/, metrics.jsonl, tensorboard/, predictions.jsonl, results.json and report.html. The same command again
+goes on where an interrupted one stopped.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+import jax
+from absl import flags, logging
+from flax import nnx
+
+from moe_vlm_jax import command_line
+from moe_vlm_jax import config as config_lib
+from moe_vlm_jax.data import images, sources, tokenize
+from moe_vlm_jax.evaluation import blind, page, report, runner, scorers
+from moe_vlm_jax.training import loop, setup
+from moe_vlm_jax.training import state as state_lib
+
+_CONFIG = command_line.define_config("configs/sft.py")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<name of the config>.")
+
+
+class Exam:
+    """The held-out questions of a run, to be answered by any of its states."""
+
+    def __init__(self, run: setup.Run):
+        self._run = run
+        data = run.config.data
+        self.records = sources.load_records(data, data.eval_split)
+        self.transform = images.transform_for(run.config.model.vision, data)
+        self._tokenizer = tokenize.load_tokenizer(data.tokenizer)
+
+    def answer(self, state: state_lib.TrainState, *, shuffle_images: bool = False) -> runner.EvaluationResult:
+        """Returns the answers of a state and their scores."""
+        return runner.evaluate_records(
+            self._run.model.graphdef,
+            nnx.merge_state(state.trainable, self._run.frozen),
+            self._run.config,
+            self.records,
+            self._tokenizer,
+            self.transform,
+            shuffle_images=shuffle_images,
+        )
+
+    def score(self, state: state_lib.TrainState) -> dict[str, float]:
+        """Returns the scores that choose the best checkpoint."""
+        scores = self.answer(state).scores
+        return {"exact_match": scores.exact_match, "anls": scores.anls}
+
+
+def train(config: config_lib.RunConfig, workdir: pathlib.Path) -> None:
+    """Runs the whole job, or what is left of it."""
+    with command_line.user_errors():
+        run, untrained = setup.make_run(config, workdir)
+        exam = Exam(run) if config.data.eval_split else None
+    before = _before(exam, untrained, workdir / "predictions_before.jsonl") if exam else []
+    with command_line.user_errors():
+        state = setup.start(run, untrained)
+    state = loop.fit(run, state, evaluate=exam.score if exam else None)
+    if exam:
+        _report(run, exam, state, before)
+
+
+def _report(run: setup.Run, exam: Exam, state: state_lib.TrainState, before: list[dict]) -> None:
+    """Asks the trained model and writes down what it and the controls score."""
+    config, workdir = run.config, run.workdir
+    after = exam.answer(state)
+    results = {"before": scorers.aggregate(before), "after": after.scores}
+    if config.evaluation.controls:
+        known = sources.load_records(config.data, config.data.split)
+        results["blind"] = blind.best_blind_baseline(known, after.asked).scores
+        results["shuffled"] = exam.answer(state, shuffle_images=True).scores
+    if jax.process_index() != 0:
+        return
+    report.write_predictions(workdir / "predictions.jsonl", after.predictions)
+    report.write_results(workdir / "results.json", results)
+    page.write_page(
+        workdir / "report.html",
+        title=f"{workdir.name}: {config.data.source} {config.data.eval_split}",
+        note=f"Held-out questions, answered after {run.num_steps} steps.",
+        records=after.asked,
+        after=after.predictions,
+        before=before,
+        results=results,
+        num_samples=config.evaluation.page_samples,
+        load_image=exam.transform.load,
+    )
+    print(report.console_table(results))
+    print(f"\nreport: {workdir / 'report.html'}")
+
+
+def _before(exam: Exam, state: state_lib.TrainState, path: pathlib.Path) -> list[dict]:
+    """Returns the predictions of the untrained model; kept in a file, so a resumed run does not ask again."""
+    if path.exists():
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    logging.info("asking the untrained model")
+    predictions = exam.answer(state).predictions
+    if jax.process_index() == 0:
+        report.write_predictions(path, predictions)
+    return predictions
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point."""
+    del argv
+    command_line.use_compilation_cache()
+    workdir = pathlib.Path(_WORKDIR.value or f"runs/{command_line.config_name()}")
+    train(_CONFIG.value, workdir)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

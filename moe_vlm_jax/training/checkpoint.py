@@ -1,0 +1,218 @@
+"""Checkpoints of a run, through Orbax: what trains, the optimizer, progress, the data position and the config.
+
+    <workdir>/config.json              every field of the run's config
+    <workdir>/checkpoints/<step>/      trainable, optimizer, progress (step and RNG), data, run
+
+Frozen parameters are not saved. They come back from where they came from, a base checkpoint's folder or the seed of
+their random initialisation, and a fingerprint of their bits says whether they are still the same.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import nnx
+from orbax.checkpoint import checkpoint_managers
+
+from moe_vlm_jax import config as config_lib
+from moe_vlm_jax import tree, validation
+from moe_vlm_jax.training import state as state_lib
+
+# Fields that may change between two starts of one run: they decide where and how it computes, not what.
+FREE_FIELDS = ("data.num_workers", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor")
+BEST_METRIC = "exact_match"
+
+
+class Restored(NamedTuple):
+    """Attributes: state; data: the iterator's position, as `Checkpoints.save` was given it."""
+
+    state: state_lib.TrainState
+    data: dict[str, Any]
+
+
+class Checkpoints:
+    """Saves and restores train states; keeps the latest few and, when metrics are given, the best."""
+
+    def __init__(self, workdir: str | os.PathLike, *, keep: int, scored: bool, base: str, fingerprint: str):
+        """Opens the checkpoints of a workdir; what an interrupted save left behind is removed.
+
+        Args:
+          workdir: of the run.
+          keep: how many of the latest to keep.
+          scored: whether saves come with metrics, so that the best is kept too.
+          base: where frozen parameters come from, in words; kept for the error message.
+          fingerprint: of the frozen parameters.
+        """
+        self._identity = {"base": base, "fingerprint": fingerprint}
+        policies: list[checkpoint_managers.PreservationPolicy] = [checkpoint_managers.LatestN(keep)]
+        if scored:
+            policies.append(
+                checkpoint_managers.BestN(n=1, get_metric_fn=_score, keep_checkpoints_without_metrics=False)
+            )
+        self._manager = ocp.CheckpointManager(
+            pathlib.Path(workdir).absolute() / "checkpoints",
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                best_fn=_score if scored else None,  # without it, Orbax does not write metrics down
+                cleanup_tmp_directories=True,
+            ),
+        )
+        self._scored = scored
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the newest finished checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """Returns the step of the checkpoint with the best score, or None when none has one."""
+        return self._manager.best_step() if self._scored else None
+
+    def save(self, state: state_lib.TrainState, data: dict[str, Any], metrics: dict[str, float] | None = None) -> int:
+        """Starts to save a state and returns its step; the state may be donated as soon as this returns.
+
+        Args:
+          state: after some step.
+          data: position of the data iterator, JSON values.
+          metrics: of an evaluation of this state, with BEST_METRIC.
+        """
+        step = int(state.step)
+        args = ocp.args.Composite(
+            trainable=ocp.args.StandardSave(state.trainable),
+            optimizer=ocp.args.StandardSave(state.opt_state),
+            progress=ocp.args.StandardSave({"step": state.step, "rng": state.rng}),
+            data=ocp.args.JsonSave(data),
+            run=ocp.args.JsonSave(self._identity),
+        )
+        self._manager.save(step, args=args, metrics=metrics, force=True)
+        logging.info("saving checkpoint %d", step)
+        return step
+
+    def restore(self, abstract: state_lib.TrainState, step: int | None = None) -> Restored:
+        """Returns a checkpoint, on the devices and in the layout of `abstract`.
+
+        Args:
+          abstract: jax.ShapeDtypeStructs with shardings, in the place of every array of the state.
+          step: which; None takes the latest.
+
+        Raises:
+          ValueError: the frozen parameters are not those that the run was trained with.
+        """
+        step = self._manager.latest_step() if step is None else step
+        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        if run["fingerprint"] != self._identity["fingerprint"]:
+            raise ValueError(
+                f"checkpoint {step} was trained beside frozen parameters {run['fingerprint']} ({run['base']}), but "
+                f"{self._identity['base']} now gives {self._identity['fingerprint']}; restore the original base, or "
+                "use another workdir."
+            )
+        progress = {"step": abstract.step, "rng": abstract.rng}
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                trainable=ocp.args.StandardRestore(abstract.trainable),
+                optimizer=ocp.args.StandardRestore(abstract.opt_state),
+                progress=ocp.args.StandardRestore(progress),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        logging.info("restored checkpoint %d", step)
+        state = state_lib.TrainState(
+            found["progress"]["step"], found["trainable"], found["optimizer"], found["progress"]["rng"]
+        )
+        return Restored(state, found["data"])
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes the last save and ends the background threads."""
+        self._manager.close()
+
+
+def check_workdir(workdir: str | os.PathLike, config: config_lib.RunConfig) -> None:
+    """Checks that a workdir is new or belongs to the same run.
+
+    Raises:
+      ValueError: the workdir holds a run with another config; lists every differing field with both values.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        return
+    old, new = json.loads(path.read_text(encoding="utf-8")), _fields(config)
+    absent = "(absent)"
+    differing = [
+        f"  {name}: {old.get(name, absent)!r} in the workdir, {new.get(name, absent)!r} now"
+        for name in sorted({*old, *new} - set(FREE_FIELDS))
+        if old.get(name, absent) != new.get(name, absent)
+    ]
+    if differing:
+        raise ValueError(
+            f"workdir {str(workdir)!r} holds a run with another config; use another --workdir, or restore:\n"
+            + "\n".join(differing)
+        )
+
+
+def claim_workdir(workdir: str | os.PathLike, config: config_lib.RunConfig) -> None:
+    """Writes the config into a workdir that passed `check_workdir`."""
+    if jax.process_index() != 0:
+        return
+    path = pathlib.Path(workdir) / "config.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(_fields(config), indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_config(workdir: str | os.PathLike) -> config_lib.RunConfig:
+    """Returns the config of the run in a workdir."""
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{str(workdir)!r} is no workdir of a run: it has no config.json; check the path.")
+    config = config_lib.RunConfig()
+    for name, value in json.loads(path.read_text(encoding="utf-8")).items():
+        *sections, leaf = name.split(".")
+        holder = config
+        for section in sections:
+            holder = getattr(holder, section)
+        setattr(holder, leaf, tuple(value) if isinstance(value, list) else value)
+    return config
+
+
+def fingerprint(state: nnx.State) -> str:
+    """Returns a short name of the bits of all parameters; the same wherever and however they are sharded.
+
+    Each leaf gives the sum of its 32-bit (16-, 8-bit) words and the sum weighted by their positions, modulo 2**32:
+    integer sums do not depend on the order in which devices add them.
+    """
+    digest = hashlib.sha256()
+    for path, variable in tree.leaves(state).items():
+        for array in jax.tree.leaves(variable):
+            digest.update(f"{path} {array.shape} {array.dtype} ".encode())
+            digest.update(np.asarray(jax.device_get(_sums(array))).tobytes())
+    return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _sums(array: jax.Array) -> jax.Array:
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+    words = jax.lax.bitcast_convert_type(array, width).astype(jnp.uint32).reshape(-1)
+    weights = jnp.arange(words.size, dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(1)
+    return jnp.stack([jnp.sum(words, dtype=jnp.uint32), jnp.sum(words * weights, dtype=jnp.uint32)])
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics[BEST_METRIC]
+
+
+def _fields(config: config_lib.RunConfig) -> dict[str, Any]:
+    """Returns the fields as they look after a trip through JSON, where tuples are lists."""
+    return json.loads(json.dumps(validation.flatten(config)))

@@ -1,0 +1,161 @@
+"""The train step: a pure function of (state, frozen, batch)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from moe_vlm_jax import batch as batch_lib
+from moe_vlm_jax import config as config_lib
+from moe_vlm_jax.losses import language_modeling, routing
+from moe_vlm_jax.training import optimizer as optimizer_lib
+from moe_vlm_jax.training import state as state_lib
+
+Metrics = dict[str, Any]  # arrays; 'counts' is a tuple of them inside a step
+TrainStep = Callable[[state_lib.TrainState, nnx.State, batch_lib.Batch], tuple[state_lib.TrainState, Metrics]]
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optimizer_lib.Optimizer,
+    config: config_lib.RunConfig,
+    *,
+    out_shardings: state_lib.TrainState | None = None,
+) -> TrainStep:
+    """Returns the jitted step; it donates the train state.
+
+    The batch has a leading axis of A micro-batches. The cross-entropy is the mean over the trained tokens of all of
+    them together, so A micro-batches give the loss and the gradient of one batch A times the size. The routing losses
+    are means over micro-batches, as in the reference: they are not linear in the batch.
+
+    Args:
+      graphdef: structure of the model.
+      optimizer: over the trainable part.
+      config: loss coefficients (model.moe) and loss_chunk (training).
+      out_shardings: where the new state lies; None leaves it to the compiler.
+    """
+    loss_fn = functools.partial(micro_batch_loss, graphdef=graphdef, config=config)
+    step = functools.partial(_train_step, loss_fn=loss_fn, optimizer=optimizer)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if out_shardings is None else (out_shardings, None))
+
+
+def micro_batch_loss(
+    trainable: nnx.State,
+    frozen: nnx.State,
+    batch: batch_lib.Batch,
+    *,
+    num_tokens: jax.Array,
+    num_micro_batches: int,
+    step: jax.Array,
+    key: jax.Array,
+    graphdef: nnx.GraphDef,
+    config: config_lib.RunConfig,
+) -> tuple[jax.Array, Metrics]:
+    """Returns this micro-batch's share of the loss (shares add up to it), and figures that also add up.
+
+    Args:
+      trainable: parameters to differentiate.
+      frozen: the other parameters.
+      batch: one micro-batch, [B, T].
+      num_tokens: float32[] trained tokens of all micro-batches.
+      num_micro_batches: A.
+      step: int32[] for routers that change with time.
+      key: for dropout and router noise.
+      graphdef: structure of the model.
+      config: the run's.
+    """
+    model = nnx.merge(graphdef, trainable, frozen)
+    output = model(batch, train=True, step=step, rng=key)
+    kernel, bias = model.head()
+    tokens = language_modeling.next_token_loss(
+        output.hidden, kernel, bias, batch.labels, chunk=config.training.loss_chunk
+    )
+    moe = config.model.moe
+    routed = routing.routing_loss(
+        [layer.balance_loss for layer in output.router],
+        [layer.z_loss for layer in output.router],
+        balance_coef=moe.balance_coef,
+        router_z_coef=moe.router_z_coef,
+    )
+    cross_entropy = tokens.sum / num_tokens
+    loss = cross_entropy + routed.total / num_micro_batches
+    metrics = {
+        "train/loss": loss,
+        "train/cross_entropy": cross_entropy,
+        "train/token_accuracy": tokens.correct / num_tokens,
+    }
+    if output.router:
+        metrics |= {
+            "router/balance_loss": routed.balance / num_micro_batches,
+            "router/z_loss": routed.z / num_micro_batches,
+            "router/dropped_assignments": jnp.sum(jnp.stack([layer.dropped for layer in output.router])),
+            "counts": tuple(layer.counts for layer in output.router),
+        }
+    return loss, metrics
+
+
+def _train_step(
+    state: state_lib.TrainState,
+    frozen: nnx.State,
+    batch: batch_lib.Batch,
+    *,
+    loss_fn: Callable,
+    optimizer: optimizer_lib.Optimizer,
+) -> tuple[state_lib.TrainState, Metrics]:
+    num_tokens = jnp.sum(batch.labels != batch_lib.IGNORE_INDEX)
+    gradients, metrics = _gradients(
+        functools.partial(
+            loss_fn,
+            # A batch without a trained token has loss 0, not 0 / 0.
+            num_tokens=jnp.maximum(num_tokens, 1).astype(jnp.float32),
+            num_micro_batches=batch.labels.shape[0],
+            step=state.step,
+        ),
+        state.trainable,
+        frozen,
+        batch,
+        jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step),
+    )
+    grad_norm = optax.tree.norm(gradients)
+    updates, opt_state = optimizer.transform.update(gradients, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    counts = metrics.pop("counts", ())
+    for layer, count in enumerate(counts):  # counted over MoE layers only
+        metrics[f"router/load_entropy/{layer}"] = routing.load_entropy(count)
+        metrics[f"router/load/{layer}"] = count / jnp.maximum(count.sum(), 1.0)
+    metrics |= {
+        "train/grad_norm": grad_norm,
+        "train/learning_rate": optimizer.schedule(state.step),
+        "train/tokens": jnp.sum(batch.valid),
+        "train/trained_tokens": num_tokens,
+        "train/finite": jnp.isfinite(metrics["train/loss"]) & jnp.isfinite(grad_norm),
+    }
+    return state_lib.TrainState(state.step + 1, trainable, opt_state, state.rng), metrics
+
+
+def _gradients(
+    loss_fn: Callable, trainable: nnx.State, frozen: nnx.State, batch: batch_lib.Batch, key: jax.Array
+) -> tuple[nnx.State, Metrics]:
+    """Returns float32 gradients and metrics, summed over the micro-batches."""
+    gradient_fn = jax.grad(loss_fn, has_aux=True)
+    num_micro_batches = batch.labels.shape[0]
+
+    def one(micro_batch: batch_lib.Batch, index: jax.Array) -> tuple[nnx.State, Metrics]:
+        gradients, metrics = gradient_fn(trainable, frozen, micro_batch, key=jax.random.fold_in(key, index))
+        return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), metrics
+
+    if num_micro_batches == 1:
+        return one(jax.tree.map(lambda x: x[0], batch), jnp.zeros((), jnp.int32))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(one, jax.tree.map(lambda x: x[0], batch), jnp.zeros((), jnp.int32)),
+    )
+
+    def accumulate(total, micro):
+        return jax.tree.map(jnp.add, total, one(*micro)), None
+
+    return jax.lax.scan(accumulate, zeros, (batch, jnp.arange(num_micro_batches)))[0]

@@ -1,0 +1,336 @@
+"""All rules of a config, checked at once, before anything is allocated or compiled."""
+
+import dataclasses
+import difflib
+import functools
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator
+
+from moe_vlm_jax import config as config_lib
+
+_CHOICES = {
+    "model.compute_dtype": ("float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "full", "dots"),
+    "model.vision.activation": ("quick_gelu", "gelu_tanh", "gelu"),
+    "model.decoder.norm": ("layernorm", "rmsnorm"),
+    "model.decoder.activation": ("gelu_tanh", "gelu", "silu"),
+    "model.moe.placement": config_lib.PLACEMENTS,
+    "model.moe.dispatch": ("dropless", "capacity", "dense"),
+    "model.moe.grouped_matmul": ("auto", "ragged", "blocks"),
+    "model.moe.capacity_group": ("batch", "row"),
+    "data.source": ("embedded", "easy_vqa", "llava", "infographicvqa"),
+    "data.difficulty": ("mini", "full"),
+    "data.template": (
+        *(
+            "plain",
+            "v0_plain",
+            "plain_qa",
+            "phi",
+            "qwen",
+            "stablelm",
+            "v1",
+            "vicuna_v1",
+            "mistral",
+            "minicpm",
+            "openchat",
+        ),
+        *("llava_v1", "v1_mmtag", "default", "v0", "llava_v0", "v0_mmtag", "llama_2", "llava_llama_2", "llama", "mpt"),
+        *("chatml", "llama_3"),
+    ),
+    "data.image_aspect": ("pad", "square"),
+    "data.on_bad_sample": ("error", "drop"),
+    "optimizer.name": ("adamw", "muon"),
+    "optimizer.schedule": ("cosine", "constant"),
+}
+
+# {(lowest, highest, whether the lowest itself is allowed): {section: fields}}; None: no limit. Tuples: each element.
+_RANGES: dict[tuple[float | None, float | None, bool], dict[str, str]] = {
+    (1, None, True): {
+        "model": "scan_unroll",
+        "model.vision": "image_size patch_size embed_dim mlp_dim num_layers num_heads",
+        "model.decoder": "embed_dim mlp_dim num_layers num_heads num_kv_heads head_dim max_positions",
+        "model.moe": "num_experts top_k block_rows",
+        "data": "max_text_tokens max_pixels max_branches row_lengths",
+        "training": "batch_size accumulation log_every checkpoint_every keep_checkpoints",
+        "generation": "max_new_tokens",
+        "evaluation": "batch_size",
+        "mesh": "fsdp expert tensor",
+    },
+    (0, None, False): {
+        "model.vision": "norm_eps",
+        "model.decoder": "rope_theta norm_eps",
+        "model.moe": "capacity_factor eval_capacity_factor",
+        "optimizer": "eps max_grad_norm",
+        "training": "epochs",
+    },
+    (0, None, True): {
+        "model.vision": "skip_tokens position_init_std",
+        "model.decoder": "embed_init_std",
+        "model.moe": "layers min_capacity balance_coef router_z_coef",
+        "data": "num_images images_per_row num_workers",
+        "optimizer": "learning_rate muon_learning_rate weight_decay",
+        "training": "max_steps loss_chunk checkpoint_seconds",
+        "generation": "temperature",
+        "evaluation": "max_questions every_steps page_samples",
+        "mesh": "data",
+    },
+    (2, None, True): {
+        "model.decoder": "vocab_size rotary_dim",
+    },
+    (0, 0.999, True): {
+        "model.decoder": "embed_dropout residual_dropout",
+    },
+    (0, 1, True): {
+        "optimizer": "warmup_ratio final_ratio",
+    },
+    (0, 0.999999, True): {
+        "optimizer": "b1 b2",
+    },
+    (0, 2147483647, True): {
+        "training": "seed",
+        "generation": "seed",
+    },
+    (0, 1, False): {
+        "generation": "top_p",
+    },
+}
+
+
+def validate(config: config_lib.RunConfig) -> None:
+    """Checks every rule that needs nothing but the config.
+
+    Raises:
+      ValueError: all mistakes, one line each: value, rule, remedy.
+    """
+    mistakes = list(_types(config, ""))
+    if not mistakes:  # the other rules compute with the values
+        mistakes = [*_ranges(config), *_model(config.model), *_moe(config.model), *_data(config), *_training(config)]
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+
+
+def flatten(config: object, prefix: str = "") -> dict[str, object]:
+    """Returns {'model.moe.top_k': 2, ...}: the leaf fields of nested dataclasses by dotted path."""
+    flat: dict[str, object] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{field.name}.")
+        else:
+            flat[prefix + field.name] = value
+    return flat
+
+
+def unknown_field(path: str, config: config_lib.RunConfig) -> str:
+    """Returns the message for a dotted path that is no field of the config: the nearest names, or its section's."""
+    known = list(flatten(config))
+    section, _, leaf = path.rpartition(".")
+    siblings = [name.removeprefix(section + ".") for name in known if name.rpartition(".")[0] == section]
+    near = [name for name in known if name.rpartition(".")[2] == leaf]
+    near = near or [f"{section}.{name}" for name in difflib.get_close_matches(leaf, siblings, n=2, cutoff=0.7)]
+    near = near or difflib.get_close_matches(path, known, n=2, cutoff=0.8) * (not siblings)
+    if near:
+        remedy = f"did you mean {' or '.join(near)}?"
+    elif siblings:
+        remedy = f"{section} has {', '.join(siblings)}."
+    else:
+        remedy = "docs/configs.md lists all fields."
+    return f"config field {path!r} does not exist; {remedy}"
+
+
+def indivisible_experts(num_experts: int, axis_size: int) -> str:
+    """Returns the message for experts that the mesh's expert axis does not divide."""
+    divisors = [str(n) for n in range(1, num_experts + 1) if num_experts % n == 0]
+    fitting = " or ".join([", ".join(divisors[:-1]), divisors[-1]] if len(divisors) > 1 else divisors)
+    return (
+        f"num_experts={num_experts} is not divisible by the 'expert' mesh axis of size {axis_size}; use a multiple of "
+        f"{axis_size} or set mesh.expert to {fitting}."
+    )
+
+
+def _types(config: object, prefix: str) -> Iterator[str]:
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value, path = getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(field.type):
+            if isinstance(value, field.type):  # type: ignore[arg-type]
+                yield from _types(value, path + ".")
+            else:
+                yield f"{path}={value!r} must be a {field.type.__name__}; set its fields one by one."  # type: ignore[union-attr]
+        elif isinstance(field.type, types.GenericAlias):
+            element = typing.get_args(field.type)[0]
+            if not isinstance(value, tuple) or not all(_is(item, element) for item in value):
+                example = "(256, 512)" if element is int else "('a', 'b')"
+                yield f'{path}={value!r} must be a tuple of {element.__name__}; write it like "{example}".'
+        elif not _is(value, field.type):  # type: ignore[arg-type]
+            yield f"{path}={value!r} must be of type {field.type.__name__}; give such a value."  # type: ignore[union-attr]
+
+
+def _is(value: object, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def _ranges(config: config_lib.RunConfig) -> Iterator[str]:
+    flat = flatten(config)
+    for path, choices in _CHOICES.items():
+        if flat[path] not in choices:
+            near = difflib.get_close_matches(str(flat[path]), choices, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            yield f"{path}={flat[path]!r} is unknown; use one of {', '.join(map(repr, choices))}{hint}"
+    for (low, high, inclusive), sections in _RANGES.items():
+        bounds = f"{'at least' if inclusive else 'more than'} {low}" + ("" if high is None else f", at most {high}")
+        for path in (f"{section}.{name}" for section, names in sections.items() for name in names.split()):
+            value = flat[path]
+            for item in value if isinstance(value, tuple) else (value,):
+                number = typing.cast(float, item)
+                below = low is not None and (number < low or (number == low and not inclusive))
+                if below or (high is not None and number > high) or math.isnan(number):
+                    yield f"{path}={value!r} is out of range; it must be {bounds}."
+
+
+def _model(model: config_lib.ModelConfig) -> Iterator[str]:
+    vision, decoder = model.vision, model.decoder
+    if vision.image_size % vision.patch_size and not _drops_border(vision):
+        fitting = max(1, vision.image_size // vision.patch_size) * vision.patch_size
+        yield (
+            f"model.vision.image_size={vision.image_size} is not divisible by model.vision.patch_size="
+            f"{vision.patch_size}; use {fitting}."
+        )
+    if vision.embed_dim % vision.num_heads:
+        yield (
+            f"model.vision.embed_dim={vision.embed_dim} is not divisible by model.vision.num_heads={vision.num_heads}; "
+            "change one of them."
+        )
+    if vision.num_tokens < 1:
+        tokens = vision.num_tokens + vision.skip_tokens
+        yield f"model.vision.skip_tokens={vision.skip_tokens} leaves none of {tokens} tokens; use less than {tokens}."
+    low, high = -vision.num_layers - 1, vision.num_layers
+    if not low <= vision.select_layer <= high:
+        yield (
+            f"model.vision.select_layer={vision.select_layer} is no hidden state of {vision.num_layers} layers; "
+            f"use {low} to {high}."
+        )
+    if decoder.num_heads % decoder.num_kv_heads:
+        yield (
+            f"model.decoder.num_heads={decoder.num_heads} is not divisible by model.decoder.num_kv_heads="
+            f"{decoder.num_kv_heads}; use a divisor of num_heads."
+        )
+    if decoder.rotary_dim % 2 or decoder.rotary_dim > decoder.head_dim:
+        yield (
+            f"model.decoder.rotary_dim={decoder.rotary_dim} must be even and at most head_dim={decoder.head_dim}; "
+            "change it."
+        )
+    if decoder.tie_embeddings and decoder.lm_head_bias:
+        yield "model.decoder.lm_head_bias=True has no effect with tie_embeddings=True; set one of them to False."
+    if model.projector not in ("identity", "linear") and not re.fullmatch(r"mlp[1-9]\d*x_gelu", model.projector):
+        yield f"model.projector={model.projector!r} is unknown; use 'linear', 'identity' or 'mlpNx_gelu' with N from 1."
+    if model.projector == "identity" and vision.embed_dim != decoder.embed_dim:
+        yield (
+            f"model.projector='identity' needs model.vision.embed_dim={vision.embed_dim} to equal "
+            f"model.decoder.embed_dim={decoder.embed_dim}; use 'linear'."
+        )
+
+
+def _drops_border(vision: config_lib.VisionConfig) -> bool:
+    """SigLIP so400m reads 384 pixels with patches of 14: its convolution leaves out the last 6, by design."""
+    return (vision.image_size, vision.patch_size, vision.class_token) == (384, 14, False)
+
+
+def _moe(model: config_lib.ModelConfig) -> Iterator[str]:
+    moe, num_layers = model.moe, model.decoder.num_layers
+    if moe.placement not in config_lib.PLACEMENTS:
+        return
+    if any(layer >= num_layers for layer in moe.layers) or len(set(moe.layers)) != len(moe.layers):
+        yield (
+            f"model.moe.layers={moe.layers!r} must be different layers below model.decoder.num_layers={num_layers}; "
+            "correct it."
+        )
+        return
+    num_moe = sum(config_lib.layer_experts(dataclasses.replace(moe, num_experts=(1,)), num_layers))
+    if len(moe.num_experts) not in {1, num_moe}:
+        yield (
+            f"model.moe.num_experts={moe.num_experts!r} has {len(moe.num_experts)} entries for {num_moe} MoE layers; "
+            f"give one for all of them, or {num_moe}."
+        )
+    elif moe.top_k > min(moe.num_experts):
+        yield (
+            f"model.moe.top_k={moe.top_k} is more than num_experts={min(moe.num_experts)}, and a token's choices are "
+            "different experts; lower top_k or raise num_experts."
+        )
+    idle = functools.partial(_no_effect, moe, "model.moe")
+    if moe.layers:
+        yield from idle("placement", "beside model.moe.layers")
+    if moe.dispatch != "capacity":
+        slots = "capacity_factor eval_capacity_factor min_capacity capacity_group random_token_selection"
+        yield from idle(slots, f"with dispatch={moe.dispatch!r} (only 'capacity' has slots)")
+    elif moe.random_token_selection and moe.top_k > 1:
+        yield f"model.moe.random_token_selection=True needs top_k=1, not {moe.top_k}; turn it off."
+    if moe.dispatch != "dropless":
+        yield from idle("grouped_matmul block_rows", f"with dispatch={moe.dispatch!r} (only 'dropless' groups)")
+    elif moe.grouped_matmul == "ragged":
+        yield from idle("block_rows", "with grouped_matmul='ragged'")
+    if moe.top_k == 1:
+        yield from idle("renormalize gumbel_second_choice", "with top_k=1 (there is no second choice)")
+
+
+def _data(config: config_lib.RunConfig) -> Iterator[str]:
+    data, max_positions = config.data, config.model.decoder.max_positions
+    if not data.row_lengths or list(data.row_lengths) != sorted(set(data.row_lengths)):
+        yield f"data.row_lengths={data.row_lengths!r} must be different lengths in rising order; correct it."
+    elif max(data.row_lengths) > max_positions:
+        yield (
+            f"data.row_lengths={data.row_lengths!r} goes beyond model.decoder.max_positions={max_positions}; shorten "
+            "the rows or raise max_positions."
+        )
+    if data.source in ("llava", "infographicvqa") and not data.path:
+        yield f"data.path is empty but data.source={data.source!r} reads files; set data.path."
+    idle = functools.partial(_no_effect, data, "data")
+    by_source = f"with data.source={data.source!r}"
+    if data.source in ("embedded", "easy_vqa"):
+        yield from idle("path", by_source)
+    if data.source != "llava":
+        yield from idle("image_folder", by_source)
+    if data.source != "embedded":
+        yield from idle("difficulty num_images", by_source)
+    if not data.share_prefix:
+        yield from idle("max_branches", "with data.share_prefix=False")
+
+
+def _training(config: config_lib.RunConfig) -> Iterator[str]:
+    training, mesh = config.training, config.mesh
+    if not training.trainable:
+        yield "training.trainable=() trains nothing; name at least one pattern."
+    if not config.data.eval_split:
+        fields = "max_questions every_steps batch_size controls page_samples"
+        yield from _no_effect(config.evaluation, "evaluation", fields, "with data.eval_split=''")
+    if not training.base:
+        yield from _no_effect(training, "training", "base_vision base_projector", "without training.base")
+    if config.optimizer.name != "muon":
+        yield from _no_effect(config.optimizer, "optimizer", "muon_learning_rate", "without optimizer.name='muon'")
+    if config.optimizer.schedule == "constant":
+        yield from _no_effect(config.optimizer, "optimizer", "final_ratio", "with optimizer.schedule='constant'")
+    if config.generation.temperature == 0:
+        yield from _no_effect(config.generation, "generation", "top_p", "with generation.temperature=0 (greedy)")
+    row_devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert
+    if training.batch_size % row_devices:
+        yield (
+            f"training.batch_size={training.batch_size} is not divisible by the {row_devices} devices of the mesh axes "
+            f"data, fsdp and expert; use a multiple of {row_devices}."
+        )
+    for num_experts in sorted(set(config.model.moe.num_experts)):
+        if num_experts % mesh.expert:
+            yield indivisible_experts(num_experts, mesh.expert)
+
+
+def _no_effect(section: object, prefix: str, names: str, reason: str) -> Iterator[str]:
+    """Yields a mistake for each of the names whose value is not its default."""
+    default = type(section)()
+    for name in names.split():
+        value, usual = getattr(section, name), getattr(default, name)
+        if value != usual:
+            yield f"{prefix}.{name}={value!r} has no effect {reason}; leave it at {usual!r}."

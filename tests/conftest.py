@@ -1,0 +1,26 @@
+"""Fixtures that every test may use."""
+
+import os
+import pathlib
+
+# Most of the suite's time is compilation, of programs that run once; must be set before jax starts its backend.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import jax
+import pytest
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def goldens() -> pathlib.Path:
+    """The folder of golden values; MOE_VLM_GOLDENS points the same tests at another folder of that layout."""
+    return goldens_folder()
+
+
+def goldens_folder() -> pathlib.Path:
+    """Returns the goldens folder, for parametrising tests at collection."""
+    folder = pathlib.Path(os.environ.get("MOE_VLM_GOLDENS", pathlib.Path(__file__).parent / "goldens"))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"goldens folder {folder} does not exist; set MOE_VLM_GOLDENS to one.")
+    return folder

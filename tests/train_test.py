@@ -1,0 +1,76 @@
+"""The main job as a user runs it, in processes of its own: to the end, and killed halfway."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = (
+    "--config=configs/sft.py",
+    *(f"--config.model.vision.{field}" for field in ("embed_dim=16", "num_layers=1", "mlp_dim=16")),
+    *(f"--config.model.decoder.{field}" for field in ("embed_dim=32", "mlp_dim=24", "head_dim=8", "rotary_dim=8")),
+    *(f"--config.training.{field}" for field in ("max_steps=12", "checkpoint_every=3", "log_every=1", "batch_size=2")),
+    *("--config.data.num_images=40", "--config.generation.max_new_tokens=3"),
+    *(
+        "--config.evaluation.max_questions=20",
+        "--config.evaluation.batch_size=10",
+        "--config.evaluation.page_samples=6",
+    ),
+)
+
+
+def _command(cache: pathlib.Path, workdir: pathlib.Path, *arguments: str) -> dict:
+    # Rendered images and compiled programs are kept in the user's cache folder; here in one of the test's own.
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
+    command = [sys.executable, "-m", "moe_vlm_jax.train", *SMALL, f"--workdir={workdir}", *arguments]
+    return {"args": command, "env": environment, "cwd": ROOT, "text": True}
+
+
+def _losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["train/loss"]) for line in lines]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_halfway_ends_as_one_that_is_not(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = subprocess.run(**_command(tmp_path, whole), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    process = subprocess.Popen(**_command(tmp_path, cut), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while not any((cut / "checkpoints").glob("[0-9]")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (cut / "results.json").exists()
+
+    again = subprocess.run(**_command(tmp_path, cut), capture_output=True, check=False)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "restored checkpoint" in again.stderr
+    assert "asking the untrained model" not in again.stderr
+    assert _losses(cut) == _losses(whole)
+    assert [step for step, _ in _losses(whole)] == list(range(1, 13))
+    for name in ("predictions.jsonl", "results.json"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+    results = json.loads((whole / "results.json").read_text())
+    assert list(results) == ["before", "after", "blind", "shuffled"]
+    for scores in results.values():
+        assert 0 <= scores["exact_match"] <= scores["anls"] <= 1
+    assert len((whole / "predictions.jsonl").read_text().splitlines()) == 20
+    assert "untrained  trained  blind  shuffled" in done.stdout
+    page = (whole / "report.html").read_text()
+    assert page.count("data:image/") >= 1
+
+    other = subprocess.run(**_command(tmp_path, cut, "--config.training.seed=1"), capture_output=True, check=False)
+    assert other.returncode == 2
+    assert "training.seed: 0 in the workdir, 1 now" in other.stderr
+    assert "Traceback" not in other.stderr

@@ -1,0 +1,102 @@
+"""Wiring: what is wrong is found before anything is allocated, and weights come from where the config says."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_vlm_jax import tree
+from moe_vlm_jax.training import checkpoint, setup, stages
+from tests.training import examples
+
+
+def _values(state: nnx.State) -> dict[str, np.ndarray]:
+    return {name: np.asarray(variable[...]) for name, variable in tree.leaves(state).items()}
+
+
+@pytest.mark.parametrize(("platform", "chosen"), [("tpu", "ragged"), ("cpu", "blocks"), ("gpu", "blocks")])
+def test_the_grouped_matmul_is_chosen_by_the_platform(platform, chosen):
+    config = examples.run_config().model
+    assert setup.resolve(config, platform).moe.grouped_matmul == chosen
+    fixed = dataclasses.replace(config, moe=dataclasses.replace(config.moe, grouped_matmul="ragged"))
+    assert setup.resolve(fixed, platform).moe.grouped_matmul == "ragged"
+
+
+def test_patterns_must_name_every_parameter_once():
+    config = examples.run_config(trainable=("decoder/.*", "projectr/.*"), frozen=("vision/.*", "decoder/embed/.*"))
+    with pytest.raises(ValueError) as error:
+        setup.make_model(config)
+    message = str(error.value)
+    assert "'decoder/embed/embedding' is named by training.trainable and training.frozen" in message
+    assert "'projector/linears/0/kernel' is named by none of training.trainable, training.frozen" in message
+    assert "training.trainable pattern 'projectr/.*' names no parameter" in message
+
+
+@pytest.mark.parametrize("stage", ["EVERYTHING", "PRETRAIN", "FINETUNE", "FINETUNE_MOE"])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_stage_names_every_parameter_of_every_backbone(stage, parallel):
+    config = examples.run_config(**getattr(stages, stage)._asdict())
+    config.model.decoder.parallel_block = parallel
+    if parallel:  # the blocks of Phi have one norm, and no pattern may name nothing
+        config.model.moe.use_residual = True
+    setup.make_model(config)
+
+
+def test_initial_weights_depend_on_the_seed_alone_and_frozen_ones_are_narrow(compilation_cache):
+    config = examples.run_config(**stages.FINETUNE._asdict())
+    config.model.compute_dtype = "bfloat16"
+    model = setup.make_model(config)
+    trainable, frozen = setup.initial_params(model, config)
+    assert {str(value.dtype) for value in _values(frozen).values()} == {"bfloat16"}
+    assert {str(value.dtype) for value in _values(trainable).values()} == {"float32"}
+    first = checkpoint.fingerprint(frozen)
+    assert checkpoint.fingerprint(setup.initial_params(model, config)[1]) == first
+    config.training.seed += 1
+    assert checkpoint.fingerprint(setup.initial_params(model, config)[1]) != first
+
+
+def test_a_finished_checkpoint_is_taken_up_only_with_its_own_frozen_weights(tmp_path, compilation_cache):
+    config = examples.run_config(cache=compilation_cache, **stages.FINETUNE._asdict())
+    run, state = setup.make_run(config, tmp_path)
+    run.checkpoints.save(state._replace(step=state.step + 2), {"next_step": 2, "data": run.data.fingerprint})
+    run.checkpoints.close()
+    run, state = setup.make_run(config, tmp_path)
+    assert int(setup.start(run, state).step) == 2
+    assert run.iterator.get_state()["next_step"] == 2
+    run.checkpoints.close()
+    run.iterator.close()
+    # The seed is part of the config; pretend that somebody edited config.json.
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"training.seed": 6}))
+    config.training.seed = 6
+    run, state = setup.make_run(config, tmp_path)
+    with pytest.raises(ValueError, match=r"random initialisation of seed 5\), but .* of seed 6 now gives"):
+        setup.start(run, state)
+    run.checkpoints.close()
+    run.iterator.close()
+
+
+def test_a_dense_base_is_upcycled(tmp_path, monkeypatch):
+    """The parts of the loader are tested in tests/hf; here a stand-in gives it the weights of a dense model."""
+    config = examples.run_config(base=str(tmp_path))
+    dense = dataclasses.replace(config.model, moe=dataclasses.replace(config.model.moe, placement="none"))
+    parent = examples.random_model(dense, seed=3)[1]
+    info = type("Info", (), {"config": dense})
+    monkeypatch.setattr(setup.hf_configs, "read", lambda folder, vision: info)
+    loaded = type("Loaded", (), {"state": parent})
+    calls = []
+    monkeypatch.setattr(setup.hf_load, "load_into", lambda *args, **kwargs: calls.append((args, kwargs)) or loaded)
+    config.training.base_projector = "random"
+    model = setup.make_model(config)
+    trainable, _ = setup.initial_params(model, config)
+    (((_, folder, loaded_config), kwargs),) = calls
+    assert (folder, loaded_config) == (str(tmp_path), dense)
+    assert kwargs == {"vision": None, "projector": None, "random_projector_seed": config.training.seed}
+    ours, theirs = _values(trainable), _values(parent)
+    for expert in range(4):
+        np.testing.assert_array_equal(
+            ours["decoder/groups/1/blocks/0/moe/experts/up/kernel"][0, expert],
+            theirs["decoder/groups/0/blocks/0/mlp/up/kernel"][1],
+        )

@@ -1,0 +1,181 @@
+"""Rules of a config: every mistake is named with its value, the rule and what to do."""
+
+import re
+
+import pytest
+
+from moe_vlm_jax import config as config_lib
+from moe_vlm_jax import validation
+from moe_vlm_jax.data import templates
+
+
+def _config(**changes) -> config_lib.RunConfig:
+    """Returns the default config with fields set by dotted path ('model__moe__top_k')."""
+    config = config_lib.RunConfig()
+    for path, value in changes.items():
+        *sections, leaf = path.split("__")
+        holder = config
+        for section in sections:
+            holder = getattr(holder, section)
+        assert hasattr(holder, leaf), path
+        setattr(holder, leaf, value)
+    return config
+
+
+def test_the_defaults_obey_all_rules():
+    validation.validate(config_lib.RunConfig())
+
+
+# changes -> what the message must say
+MISTAKES = {
+    "wrong type": ({"training__batch_size": "8"}, "training.batch_size='8' must be of type int"),
+    "bool for int": ({"training__epochs": True}, "training.epochs=True must be of type float"),
+    "wrong element": ({"data__row_lengths": ("abc",)}, "data.row_lengths=('abc',) must be a tuple of int"),
+    "section": ({"model__moe": 3}, "model.moe=3 must be a MoEConfig"),
+    "unknown choice": (
+        {"model__moe__dispatch": "droples"},
+        "one of 'dropless', 'capacity', 'dense'; did you mean 'dropless'",
+    ),
+    "below range": (
+        {"optimizer__learning_rate": -0.5},
+        "optimizer.learning_rate=-0.5 is out of range; it must be at least 0.",
+    ),
+    "above range": ({"optimizer__warmup_ratio": 1.5}, "it must be at least 0, at most 1."),
+    "exclusive range": ({"optimizer__eps": 0.0}, "optimizer.eps=0.0 is out of range; it must be more than 0."),
+    "nan": ({"optimizer__eps": float("nan")}, "optimizer.eps=nan is out of range"),
+    "patches": (
+        {"model__vision__image_size": 330},
+        "image_size=330 is not divisible by model.vision.patch_size=14; use 322.",
+    ),
+    "vision heads": (
+        {"model__vision__num_heads": 7},
+        "model.vision.embed_dim=1024 is not divisible by model.vision.num_heads=7",
+    ),
+    "no image token": (
+        {"model__vision__skip_tokens": 577},
+        "skip_tokens=577 leaves none of 577 tokens; use less than 577.",
+    ),
+    "select layer": (
+        {"model__vision__select_layer": -26},
+        "select_layer=-26 is no hidden state of 24 layers; use -25 to 24.",
+    ),
+    "kv heads": ({"model__decoder__num_kv_heads": 5}, "num_heads=32 is not divisible by model.decoder.num_kv_heads=5"),
+    "rotary": ({"model__decoder__rotary_dim": 82}, "rotary_dim=82 must be even and at most head_dim=80"),
+    "tied bias": (
+        {"model__decoder__tie_embeddings": True, "model__decoder__lm_head_bias": True},
+        "lm_head_bias=True has no effect with tie_embeddings=True",
+    ),
+    "projector": ({"model__projector": "mlp0x_gelu"}, "model.projector='mlp0x_gelu' is unknown"),
+    "identity": (
+        {"model__projector": "identity"},
+        "embed_dim=1024 to equal model.decoder.embed_dim=2560; use 'linear'.",
+    ),
+    "moe layers": ({"model__moe__layers": (1, 32)}, "model.moe.layers=(1, 32) must be different layers below"),
+    "expert counts": (
+        {"model__moe__num_experts": (4, 8)},
+        "has 2 entries for 16 MoE layers; give one for all of them, or 16.",
+    ),
+    "top k": ({"model__moe__top_k": 5}, "model.moe.top_k=5 is more than num_experts=4"),
+    "no slots": ({"model__moe__capacity_factor": 2.0}, "capacity_factor=2.0 has no effect with dispatch='dropless'"),
+    "no groups": ({"model__moe__dispatch": "dense", "model__moe__block_rows": 32}, "block_rows=32 has no effect"),
+    "placement": (
+        {"model__moe__placement": "dense", "model__moe__layers": (3,)},
+        "placement='dense' has no effect beside",
+    ),
+    "one choice": (
+        {"model__moe__top_k": 1, "model__moe__renormalize": False},
+        "renormalize=False has no effect with top_k=1",
+    ),
+    "token selection": (
+        {"model__moe__dispatch": "capacity", "model__moe__random_token_selection": True},
+        "random_token_selection=True needs top_k=1, not 2",
+    ),
+    "rows": ({"data__row_lengths": (256, 4096)}, "goes beyond model.decoder.max_positions=2048"),
+    "row order": ({"data__row_lengths": (512, 256)}, "must be different lengths in rising order"),
+    "no path": ({"data__source": "llava"}, "data.path is empty but data.source='llava' reads files"),
+    "path": ({"data__path": "x"}, "data.path='x' has no effect with data.source='embedded'"),
+    "branches": ({"data__share_prefix": False, "data__max_branches": 4}, "max_branches=4 has no effect"),
+    "nothing trains": ({"training__trainable": ()}, "training.trainable=() trains nothing"),
+    "muon rate": (
+        {"optimizer__muon_learning_rate": 0.1},
+        "has no effect without optimizer.name='muon'; leave it at 0.003.",
+    ),
+    "final ratio": (
+        {"optimizer__schedule": "constant", "optimizer__final_ratio": 0.1},
+        "final_ratio=0.1 has no effect",
+    ),
+    "top p": ({"generation__top_p": 0.5}, "top_p=0.5 has no effect with generation.temperature=0 (greedy)"),
+    "no evaluation": ({"data__eval_split": "", "evaluation__every_steps": 5}, "evaluation.every_steps=5 has no effect"),
+    "base parts": ({"training__base_vision": "x"}, "base_vision='x' has no effect without training.base"),
+    "rows of devices": ({"mesh__fsdp": 3}, "batch_size=4 is not divisible by the 3 devices of the mesh axes"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_named_with_value_rule_and_remedy(case):
+    changes, message = MISTAKES[case]
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        validation.validate(_config(**changes))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_experts_that_the_mesh_does_not_divide_are_named_as_the_style_page_says():
+    changes = {"model__moe__num_experts": (6,), "mesh__expert": 4, "training__batch_size": 8}
+    with pytest.raises(ValueError) as error:
+        validation.validate(_config(**changes))
+    assert str(error.value) == (
+        "num_experts=6 is not divisible by the 'expert' mesh axis of size 4; use a multiple of 4 or set mesh.expert to "
+        "1, 2, 3 or 6."
+    )
+
+
+def test_all_mistakes_come_at_once():
+    with pytest.raises(ValueError) as error:
+        validation.validate(_config(model__moe__top_k=9, training__accumulation=0, data__template="phii"))
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_siglip_at_384_may_leave_a_border():
+    changes = {"image_size": 384, "class_token": False, "skip_tokens": 0}
+    validation.validate(_config(**{f"model__vision__{name}": value for name, value in changes.items()}))
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("training.learning_rate", "did you mean optimizer.learning_rate?"),
+        ("model.moe.num_expert", "did you mean model.moe.num_experts?"),
+        ("optimizer.momentum", "optimizer has name, learning_rate,"),
+        ("nothing", "docs/configs.md lists all fields."),
+    ],
+)
+def test_unknown_fields_are_told_apart(path, remedy):
+    message = validation.unknown_field(path, config_lib.RunConfig())
+    assert message.startswith(f"config field {path!r} does not exist; ")
+    assert remedy in message
+
+
+def test_every_number_has_a_range_and_every_word_a_choice_or_a_meaning():
+    """A new field must be put into a table of validation.py, or here."""
+    free = {
+        "model.vision.select_layer",  # checked against the number of layers
+        "model.projector",
+        *("data.path", "data.image_folder", "data.cache", "data.split", "data.eval_split", "data.tokenizer"),
+        *("data.answer_prompt", "training.trainable", "training.frozen"),
+        *("training.base", "training.base_vision", "training.base_projector"),
+    }
+    ranges = {
+        f"{section}.{name}"
+        for sections in validation._RANGES.values()
+        for section, names in sections.items()
+        for name in names.split()
+    }
+    flat = validation.flatten(config_lib.RunConfig())
+    flags = {name for name, value in flat.items() if isinstance(value, bool)}
+    named = [ranges, set(validation._CHOICES), flags, free]
+    assert set().union(*named) == set(flat)
+    assert sum(map(len, named)) == len(flat)
+
+
+def test_every_template_can_be_chosen():
+    assert set(validation._CHOICES["data.template"]) == set(templates.names())
