@@ -1,0 +1,52 @@
+"""Matrix products with a frozen quantised kernel that keep no dequantised copy for the backward pass.
+
+Autodiff of `x @ dequantize(q)` stores the dequantised kernel from forward to backward: the memory that quantising was
+to save. Inside a rematerialised layer body that does not matter, because the body is run again; everywhere else these
+functions store the codes and dequantise twice.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_vlm_jax.quant import tensor as tensor_lib
+
+# (rows, kernel, *extra) -> result, linear in rows; extra are integer arrays, such as the expert of a block.
+Multiply = Callable[..., jax.Array]
+
+
+def apply(multiply: Multiply, rows: jax.Array, kernel: Any, *extra: Any) -> jax.Array:
+    """Returns multiply(rows, kernel, *extra) with the kernel as an array of the rows' dtype.
+
+    Args:
+      multiply: linear in rows; a static function, not a closure over arrays.
+      rows: float[..., in].
+      kernel: an array, or a QuantizedTensor, which gets no gradient.
+      extra: integer arrays, without a gradient.
+    """
+    if tensor_lib.is_quantized(kernel):
+        return _frozen(multiply, rows, kernel, *extra)
+    return multiply(rows, kernel.astype(rows.dtype), *extra)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _frozen(multiply: Multiply, rows: jax.Array, kernel: tensor_lib.QuantizedTensor, *extra: Any) -> jax.Array:
+    return multiply(rows, tensor_lib.dequantize(kernel, rows.dtype), *extra)
+
+
+def _frozen_fwd(multiply, rows, kernel, *extra):
+    # An empty array carries the shape and dtype of the rows, not their values: the product is linear in them.
+    return _frozen(multiply, rows, kernel, *extra), (jnp.zeros((*rows.shape, 0), rows.dtype), kernel, extra)
+
+
+def _frozen_bwd(multiply, residuals, cotangent):
+    like, kernel, extra = residuals
+    dense = tensor_lib.dequantize(kernel, like.dtype)
+    _, transpose = jax.vjp(lambda rows: multiply(rows, dense, *extra), jnp.zeros(like.shape[:-1], like.dtype))
+    return (*transpose(cotangent), None, *(None for _ in extra))
+
+
+_frozen.defvjp(_frozen_fwd, _frozen_bwd)

@@ -1,0 +1,52 @@
+"""Double quantisation: block scales as 8-bit codes (QLoRA, arXiv 2305.14314, section 3), in bitsandbytes' layout."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_vlm_jax.quant import codebooks
+
+GROUP = 256  # scales that share a float32 scale of their own
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedScales:
+    """Block scales [*L, out, blocks]: offset + value of the code * the group's scale.
+
+    Groups are GROUP neighbours in the flattened [out, blocks], so one may span several outputs.
+
+    Attributes:
+      codes: uint8[*L, out, blocks].
+      group_scales: float32[*L, ceil(out * blocks / GROUP)].
+      offset: float32[*L] mean of the scales: they are all positive, the 8-bit type is signed.
+    """
+
+    codes: Any
+    group_scales: Any
+    offset: Any
+
+
+def quantize_scales(scales: jax.Array) -> QuantizedScales:
+    """float32[*L, out, blocks] -> QuantizedScales."""
+    leading, count = scales.shape[:-2], scales.shape[-2] * scales.shape[-1]
+    offset = jnp.mean(scales, axis=(-2, -1))
+    centred = (scales - offset[..., None, None]).reshape(*leading, count)
+    padded = jnp.pad(centred, [(0, 0)] * len(leading) + [(0, -count % GROUP)])
+    groups = padded.reshape(*leading, -1, GROUP)
+    largest = jnp.max(jnp.abs(groups), axis=-1, keepdims=True)
+    scaled = groups * jnp.where(largest > 0, 1.0 / largest, 0.0)
+    codes = jnp.searchsorted(codebooks.boundaries(codebooks.DYNAMIC_8BIT), scaled, side="left").astype(jnp.uint8)
+    codes = codes.reshape(*leading, -1)[..., :count].reshape(scales.shape)
+    return QuantizedScales(codes, largest[..., 0], offset)
+
+
+def dequantize_scales(scales: QuantizedScales) -> jax.Array:
+    """QuantizedScales -> float32[*L, out, blocks]."""
+    shape = scales.codes.shape
+    count = shape[-2] * shape[-1]
+    spread = jnp.repeat(scales.group_scales, GROUP, axis=-1)[..., :count].reshape(shape)
+    values = jnp.asarray(codebooks.DYNAMIC_8BIT)[scales.codes.astype(jnp.int32)]
+    return values * spread + scales.offset[..., None, None]
