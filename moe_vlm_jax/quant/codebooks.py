@@ -2,7 +2,7 @@
 
 import numpy as np
 
-# 4-bit NormalFloat (appendix E of the paper): 16 quantiles of a normal distribution, scaled to [-1, 1], with an exact 0.
+# 4-bit NormalFloat (appendix E of the paper): 16 quantiles of a normal distribution scaled to [-1, 1], exact at 0.
 NF4 = np.array(
     [
         -1.0,
