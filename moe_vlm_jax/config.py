@@ -96,6 +96,30 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class QuantConfig:
+    """How frozen kernels are stored; they are dequantised inside the step, layer by layer."""
+
+    kind: str = "none"  # none | nf4 | int4 | int8
+    block: int = 64  # neighbouring inputs that share a scale; 0: all inputs of an output (per channel)
+    double: bool = True  # the scales themselves in 8 bits: 0.516 instead of 0.5625 bytes a weight for nf4
+    # Patterns over parameter paths. A router is refused. The default leaves out embeddings, head, tower and projector.
+    targets: tuple[str, ...] = (r"decoder/groups/.*/(q|k|v|o|up|gate|down)/kernel",)
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class LoraConfig:
+    """Low-rank adapters beside linear layers (Hu et al. 2021); every expert gets factors of its own."""
+
+    rank: int = 0  # 0: no adapters
+    alpha: float = 16.0  # the update is scaled by alpha / rank
+    dropout: float = 0.0  # on the input of the adapter only
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)
+    init: str = "kaiming"  # of A: kaiming (PEFT's default) | gaussian; B starts at zero
+    # Patterns over paths of linear layers (not of their kernels). The router is refused: train it in full instead.
+    targets: tuple[str, ...] = (r"decoder/groups/.*/attention/(q|k|v)",)
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class ModelConfig:
     """The whole vision-language model."""
 
@@ -103,6 +127,8 @@ class ModelConfig:
     projector: str = "mlp2x_gelu"  # linear | mlpNx_gelu | identity
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
+    quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     compute_dtype: str = "bfloat16"  # activations and matmuls; router, softmax, norms and losses stay float32
     param_dtype: str = "float32"  # trainable leaves and their gradients; use bfloat16 to halve memory
     # Repeats of a layer group in one iteration of its loop: more make larger programs. XLA:CPU is faster with all of
@@ -175,7 +201,11 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # on matrices: kernels and LoRA factors, not biases, norms or embeddings
+    no_decay: tuple[str, ...] = ()  # patterns over parameter paths that are also left out of the decay
+    # 'PATTERN=FACTOR': parameters whose learning rate is FACTOR times the usual, e.g. ".*/lora_b=16" for LoRA+.
+    rates: tuple[str, ...] = ()
+    moments_dtype: str = "float32"  # adamw's first moment; bfloat16 halves it (the second stays float32)
     max_grad_norm: float = 1.0
 
 

@@ -1,5 +1,6 @@
 """Next-token cross-entropy from hidden states, without the logits of all tokens at one time."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ class TokenLoss(NamedTuple):
 
 
 def next_token_loss(
-    hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, labels: jax.Array, *, chunk: int
+    hidden: jax.Array, labels: jax.Array, logits: Callable[[jax.Array], jax.Array], *, chunk: int
 ) -> TokenLoss:
     """Returns the cross-entropy of already shifted labels: slot t predicts labels[:, t].
 
@@ -33,20 +34,17 @@ def next_token_loss(
         labels      -  -  a  -  b  -  -  -        order  2 4 0 1 3 5 6 7     chunk = 2 columns:
                     -  -  -  -  -  c  -  -               5 0 1 2 3 4 6 7     1 computed, 3 skipped
 
-    Logits are made from operands in the dtype of hidden, accumulated and kept in float32.
-
     Args:
       hidden: float[B, T, D].
-      kernel: float[D, V].
-      bias: float[V] or None.
       labels: int32[B, T], IGNORE_INDEX where nothing is learned.
+      logits: the model's head, float[M, D] -> float32[M, V].
       chunk: tokens whose logits exist at one time (rounded to whole columns of the batch), recomputed in the
         backward pass; 0 makes them all at once and keeps them.
     """
     num_rows, length = labels.shape
     trained = labels != batch_lib.IGNORE_INDEX
     if chunk <= 0 or chunk >= num_rows * length:
-        return _chunk_loss(hidden, labels, kernel, bias)
+        return _chunk_loss(hidden, labels, logits)
     columns = max(1, chunk // num_rows)
     num_chunks = -(-length // columns)
     order = jnp.argsort(~trained, axis=1, stable=True)
@@ -60,7 +58,7 @@ def next_token_loss(
 
         def compute() -> TokenLoss:
             rows = jnp.take_along_axis(hidden, index[:, :, None], axis=1, mode="clip")
-            return _chunk_loss(rows, chosen, kernel, bias)
+            return _chunk_loss(rows, chosen, logits)
 
         loss = jax.lax.cond(jnp.any(chosen != batch_lib.IGNORE_INDEX), compute, _zero_loss)
         return jax.tree.map(jnp.add, total, loss), None
@@ -68,13 +66,11 @@ def next_token_loss(
     return jax.lax.scan(step, _zero_loss(), order)[0]
 
 
-def _chunk_loss(hidden: jax.Array, labels: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> TokenLoss:
+def _chunk_loss(hidden: jax.Array, labels: jax.Array, head: Callable[[jax.Array], jax.Array]) -> TokenLoss:
     # Flat rows: see nn/linear.py.
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     trained = labels != batch_lib.IGNORE_INDEX
-    logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)  # [M, V]
-    if bias is not None:
-        logits = logits + bias.astype(jnp.float32)
+    logits = head(hidden)  # [M, V]
     target = jnp.where(trained, labels, 0)
     picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
     loss = jax.nn.logsumexp(logits, axis=-1) - picked

@@ -10,8 +10,9 @@ from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.models import placement, vision
 from moe_vlm_jax.moe import layer as moe_layer
 from moe_vlm_jax.moe import router as router_lib
-from moe_vlm_jax.nn import attention, linear, mlp, norms
+from moe_vlm_jax.nn import attention, dropout, linear, mlp, norms
 from moe_vlm_jax.nn import rotary as rotary_lib
+from moe_vlm_jax.quant import state as quant
 
 
 class Shared(NamedTuple):
@@ -82,18 +83,20 @@ class Block(nnx.Module):
           noise: this layer's routing noise, float32[M, E] or None.
           cache: earlier keys and values, or None.
         """
-        keys = (None, None) if key is None else jax.random.split(key)
+        attention_key, attention_drop, mlp_key, mlp_drop = dropout.split(key, 4)
         normed = self.attention_norm(x)
-        y, cache = self.attention(normed, mask=shared.mask, rotary=shared.rotary, cache=cache, slot=shared.slot)
-        y = mlp.dropout(y, self.residual_dropout, keys[0])
+        y, cache = self.attention(
+            normed, mask=shared.mask, rotary=shared.rotary, cache=cache, slot=shared.slot, key=attention_key
+        )
+        y = dropout.dropout(y, self.residual_dropout, attention_drop)
         if self.mlp_norm is not None:
             x, y = x + y, 0.0
             normed = self.mlp_norm(x)
-        feed_forward, routed = self._feed_forward(normed, shared.context._replace(noise=noise))
-        return x + y + mlp.dropout(feed_forward, self.residual_dropout, keys[1]), routed, cache
+        feed_forward, routed = self._feed_forward(normed, shared.context._replace(noise=noise), mlp_key)
+        return x + y + dropout.dropout(feed_forward, self.residual_dropout, mlp_drop), routed, cache
 
-    def _feed_forward(self, x, context):
-        return self.moe(x, context) if self.num_experts else (self.mlp(x), None)
+    def _feed_forward(self, x, context, key):
+        return self.moe(x, context, key=key) if self.num_experts else (self.mlp(x, key=key), None)
 
 
 class Unit(nnx.Module):
@@ -130,11 +133,19 @@ class Decoder(nnx.Module):
         )
         self.config = config
 
-    def head(self) -> tuple[jax.Array, jax.Array | None]:
-        """Returns the kernel float[D, V] and bias float[V] (or None) of the vocabulary projection."""
-        if self.lm_head is None:
-            return self.embed.embedding[...].T, None
-        return self.lm_head.kernel[...], None if self.lm_head.bias is None else self.lm_head.bias[...]
+    def logits(self, hidden: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Returns float32[..., V] scores of hidden states float[..., D].
+
+        Operands are in the dtype of hidden, products are accumulated and kept in float32.
+
+        Args:
+          hidden: after the final norm.
+          key: for the dropout of an adapter of the head.
+        """
+        if self.lm_head is not None:
+            return self.lm_head(hidden, key=key, wide=True)
+        embedding = self.embed.embedding[...].astype(hidden.dtype)
+        return jnp.dot(hidden, embedding.T, preferred_element_type=jnp.float32)
 
     def __call__(
         self,
@@ -170,7 +181,7 @@ class Decoder(nnx.Module):
         if key is not None:
             embed_key, layers_key = jax.random.split(key)
             layer_keys = jax.random.split(layers_key, num_layers)
-        x = mlp.dropout(x, dec.embed_dropout, embed_key)
+        x = dropout.dropout(x, dec.embed_dropout, embed_key)
 
         routed: dict[int, router_lib.RouterOutput] = {}
         blocks: dict[int, jax.Array] = {}
@@ -209,6 +220,10 @@ class Decoder(nnx.Module):
 
         def body(carry, step):
             unit_state, unit_keys, unit_noise, unit_caches = step
+            if self.config.remat != "none":
+                # Once for everybody in this body; the backward pass runs the body again. Without rematerialisation
+                # the layers do it themselves (quant/matmul.py), or the arrays would live until the backward pass.
+                unit_state = quant.dequantize_state(unit_state, carry.dtype)
             outputs = []
             for b, block in enumerate(nnx.merge(graphdef, unit_state).blocks):
                 carry, router_output, cache = block(

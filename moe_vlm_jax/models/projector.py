@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_vlm_jax.nn import linear
+from moe_vlm_jax.nn import dropout, linear
 
 
 def num_linears(kind: str) -> int:
@@ -34,8 +34,9 @@ class Projector(nnx.Module):
             [linear.Linear(a, b, bias=True, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(sizes)]
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float[I, P, C] -> float[I, P, D]."""
-        for i, layer in enumerate(self.linears):
-            x = layer(jax.nn.gelu(x, approximate=False) if i else x)
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """float[I, P, C] -> float[I, P, D]; the key is for adapters' dropout."""
+        keys = dropout.split(key, len(self.linears))
+        for i, (layer, own) in enumerate(zip(self.linears, keys, strict=True)):
+            x = layer(jax.nn.gelu(x, approximate=False) if i else x, key=own)
         return x

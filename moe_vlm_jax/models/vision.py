@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax.nn import attention, linear, mlp, norms
+from moe_vlm_jax.nn import attention, dropout, linear, mlp, norms
+from moe_vlm_jax.quant import state as quant
 
 
 class VisionBlock(nnx.Module):
@@ -28,10 +29,11 @@ class VisionBlock(nnx.Module):
         self.norm2 = norms.Norm(dim, kind="layernorm", eps=config.norm_eps, dtype=dtype)
         self.mlp = mlp.MLP(dim, config.mlp_dim, gated=False, act=config.activation, bias=True, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float[I, P, C] -> float[I, P, C]."""
-        x = x + self.attention(self.norm1(x), mask=None)[0]
-        return x + self.mlp(self.norm2(x))
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """float[I, P, C] -> float[I, P, C]; the key is for adapters' dropout."""
+        attention_key, mlp_key = dropout.split(key, 2)
+        x = x + self.attention(self.norm1(x), mask=None, key=attention_key)[0]
+        return x + self.mlp(self.norm2(x), key=mlp_key)
 
 
 class VisionTower(nnx.Module):
@@ -58,16 +60,19 @@ class VisionTower(nnx.Module):
         self.config = config
         self.remat = remat
 
-    def __call__(self, images: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+    def __call__(self, images: jax.Array, *, dtype: jnp.dtype, key: jax.Array | None = None) -> jax.Array:
         """Returns the hidden state select_layer without its first skip_tokens tokens.
 
         Args:
           images: float32[I, S, S, 3] normalised pixels.
           dtype: dtype of the computation.
+          key: for adapters' dropout; None turns it off.
         """
-        return self.hidden_states(images, dtype=dtype)[0][:, self.config.skip_tokens :]
+        return self.hidden_states(images, dtype=dtype, key=key)[0][:, self.config.skip_tokens :]
 
-    def hidden_states(self, images: jax.Array, *, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    def hidden_states(
+        self, images: jax.Array, *, dtype: jnp.dtype, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns the selected hidden state [I, tokens, C] and, stacked, the output of each block up to it."""
         config = self.config
         # 384 pixels are 27 patches of 14 and 6 pixels over, which the stride of SigLIP's convolution leaves out too.
@@ -78,7 +83,8 @@ class VisionTower(nnx.Module):
             p=config.patch_size,
             q=config.patch_size,
         )
-        x = self.patch_embed(patches)  # [I, P, C]
+        patch_key, blocks_key = dropout.split(key, 2)
+        x = self.patch_embed(patches, key=patch_key)  # [I, P, C]
         if self.class_embed is not None:
             first = jnp.broadcast_to(self.class_embed[...].astype(dtype), (x.shape[0], 1, x.shape[-1]))
             x = jnp.concatenate([first, x], axis=1)
@@ -90,12 +96,16 @@ class VisionTower(nnx.Module):
         # select_layer counts hidden states, of which there is one more than blocks; later blocks never run.
         used = config.num_layers + 1 + config.select_layer if config.select_layer < 0 else config.select_layer
         state = jax.tree.map(lambda leaf: leaf[:used], state)
+        keys = None if blocks_key is None else jax.random.split(blocks_key, used)
 
-        def body(carry, block_state):
-            y = nnx.merge(graphdef, block_state)(carry)
+        def body(carry, step):
+            block_state, block_key = step
+            if self.remat != "none":  # as in models/decoder.py
+                block_state = quant.dequantize_state(block_state, carry.dtype)
+            y = nnx.merge(graphdef, block_state)(carry, key=block_key)
             return y, y
 
-        return jax.lax.scan(rematerialise(body, self.remat), x, state)
+        return jax.lax.scan(rematerialise(body, self.remat), x, (state, keys))
 
 
 def rematerialise(body, policy: str):

@@ -8,9 +8,9 @@ from flax import nnx
 
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax.models import decoder, projector, vision
+from moe_vlm_jax.models import adapters, decoder, projector, vision
 from moe_vlm_jax.moe import router as router_lib
-from moe_vlm_jax.nn import attention
+from moe_vlm_jax.nn import attention, dropout
 
 
 class ModelOutput(NamedTuple):
@@ -60,16 +60,19 @@ class VLM(nnx.Module):
         )
         self.decoder = decoder.Decoder(config, dtype=dtype, rngs=rngs)
         self.config = config
+        adapters.attach(self, config.lora, rngs=rngs)
 
-    def encode_images(self, images: jax.Array) -> jax.Array:
-        """float32[I, S, S, 3] -> image tokens float[I, P, D]."""
-        return self.projector(self.vision(images, dtype=jnp.dtype(self.config.compute_dtype)))
+    def encode_images(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """float32[I, S, S, 3] -> image tokens float[I, P, D]; the key is for adapters' dropout."""
+        vision_key, projector_key = dropout.split(key, 2)
+        features = self.vision(images, dtype=jnp.dtype(self.config.compute_dtype), key=vision_key)
+        return self.projector(features, key=projector_key)
 
-    def embed(self, batch: batch_lib.Batch) -> jax.Array:
+    def embed(self, batch: batch_lib.Batch, *, key: jax.Array | None = None) -> jax.Array:
         """Returns float[B, T, D]: word embeddings, image tokens at their slots, zeros at padding (as the reference)."""
         x = self.decoder.embed.embedding[...][batch.tokens].astype(jnp.dtype(self.config.compute_dtype))
         if batch.images is not None:
-            features = self.encode_images(batch.images)
+            features = self.encode_images(batch.images, key=key)
             features = features.reshape(-1, features.shape[-1])  # [I * P, D]
             is_image = batch.image_slot >= 0
             x = jnp.where(is_image[..., None], features[jnp.maximum(batch.image_slot, 0)], x)
@@ -98,15 +101,9 @@ class VLM(nnx.Module):
         out, _ = self._run(batch, train=train, step=step, rng=rng, noise=noise, collect_blocks=collect_blocks)
         return ModelOutput(out.hidden, out.router, out.blocks)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """float[..., D] -> float32[..., V]."""
-        kernel, bias = self.decoder.head()
-        scores = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return scores if bias is None else scores + bias.astype(jnp.float32)
-
-    def head(self) -> tuple[jax.Array, jax.Array | None]:
-        """Returns the vocabulary projection, kernel float[D, V] and bias float[V] or None."""
-        return self.decoder.head()
+    def logits(self, hidden: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """float[..., D] -> float32[..., V]; see `Decoder.logits`."""
+        return self.decoder.logits(hidden, key=key)
 
     def prefill(self, batch: batch_lib.Batch, cache_length: int) -> tuple[jax.Array, KVCache]:
         """Runs prompts and keeps their keys and values, ready for `decode_step`.
@@ -176,7 +173,8 @@ class VLM(nnx.Module):
         return out.hidden, cache._replace(layers=layers, slot=cache.slot + 1, position=cache.position + 1)
 
     def _run(self, batch, *, train, step, rng, noise, collect_blocks, cache: KVCache | None = None):
-        dropout_key, noise_key = (None, None) if rng is None else jax.random.split(rng)
+        dropout_key, noise_key = dropout.split(rng, 2)
+        image_key, decoder_key = dropout.split(dropout_key if train else None, 2)
         keys = batch if cache is None else cache
         slots = jnp.arange(batch.tokens.shape[1]) + (0 if cache is None else cache.slot)
         mask = attention.tree_mask(
@@ -194,11 +192,11 @@ class VLM(nnx.Module):
             train=train,
         )
         out = self.decoder(
-            self.embed(batch),
+            self.embed(batch, key=image_key),
             position=batch.position,
             mask=mask,
             context=context,
-            key=dropout_key if train else None,
+            key=decoder_key,
             noise=self._noise(noise_key, batch.tokens.size) if noise is None else noise,
             caches=None if cache is None else cache.layers,
             slot=None if cache is None else cache.slot,

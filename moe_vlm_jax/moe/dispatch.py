@@ -8,18 +8,21 @@ All read the same RouterOutput and return float[M, D] plus the number of assignm
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_vlm_jax.moe import experts as experts_lib
 from moe_vlm_jax.moe import layouts, permute
 from moe_vlm_jax.moe import router as router_lib
 
+# (rows, layout) -> rows: moe.experts.Experts, with its dropout key bound.
+Experts = Callable[[jax.Array, Any], jax.Array]
 
-def dense(x: jax.Array, routed: router_lib.RouterOutput, experts: experts_lib.Experts) -> jax.Array:
+
+def dense(x: jax.Array, routed: router_lib.RouterOutput, experts: Experts) -> jax.Array:
     """Returns sum_e combine[m, e] * expert_e(x[m]), float[M, D]."""
     outputs = experts(x, layouts.EveryExpert())  # [E, M, D]
     return jnp.einsum("ME,EMD->MD", routed.combine.astype(x.dtype), outputs)
@@ -28,7 +31,7 @@ def dense(x: jax.Array, routed: router_lib.RouterOutput, experts: experts_lib.Ex
 def dropless(
     x: jax.Array,
     routed: router_lib.RouterOutput,
-    experts: experts_lib.Experts,
+    experts: Experts,
     *,
     grouped_matmul: str,
     block_rows: int,
@@ -43,19 +46,20 @@ def dropless(
       block_rows: rows of a block; at most (E - 1) blocks are padding.
     """
     tokens, top_k = routed.index.shape
+    num_experts = routed.probs.shape[-1]
     if grouped_matmul == "auto":
         grouped_matmul = "ragged" if jax.default_backend() == "tpu" else "blocks"
     block = 1 if grouped_matmul == "ragged" else min(block_rows, -(-tokens * top_k // 8) * 8)
     active = jnp.any(routed.weight > 0, axis=-1, keepdims=True)
-    expert = jnp.where(active, routed.index, experts.num_experts).reshape(-1)  # [M * k]; E: goes nowhere
-    chosen = jax.nn.one_hot(expert, experts.num_experts, dtype=jnp.int32)  # [M * k, E]
+    expert = jnp.where(active, routed.index, num_experts).reshape(-1)  # [M * k]; E: goes nowhere
+    chosen = jax.nn.one_hot(expert, num_experts, dtype=jnp.int32)  # [M * k, E]
     rank = jnp.sum((jnp.cumsum(chosen, axis=0) - 1) * chosen, axis=-1)
     sizes = chosen.sum(axis=0)
     padded = -(-sizes // block) * block
     ends = jnp.cumsum(padded)
-    num_rows = (tokens * top_k + experts.num_experts * (block - 1)) // block * block
+    num_rows = (tokens * top_k + num_experts * (block - 1)) // block * block
     start = jnp.sum(chosen * (ends - padded), axis=-1)
-    row_of_pair = jnp.where(expert < experts.num_experts, start + rank, num_rows).astype(jnp.int32)
+    row_of_pair = jnp.where(expert < num_experts, start + rank, num_rows).astype(jnp.int32)
     row_of_token = row_of_pair.reshape(tokens, top_k)
     pair_of_row = permute.invert(row_of_pair, num_rows)
 
@@ -136,7 +140,7 @@ def plan_slots(
 def capacity(
     x: jax.Array,
     routed: router_lib.RouterOutput,
-    experts: experts_lib.Experts,
+    experts: Experts,
     *,
     takes_slot: jax.Array,
     num_groups: int,
@@ -157,6 +161,7 @@ def capacity(
       priority: float32[M] or None, see plan_slots.
     """
     tokens, top_k = routed.index.shape
+    num_experts = routed.probs.shape[-1]
     size = tokens // num_groups
     slots = min(capacity, size)  # a choice never ranks beyond the group's size
 
@@ -169,13 +174,13 @@ def capacity(
     ranks = None if priority is None else grouped(priority)
     plan = jax.vmap(plan_group)(grouped(routed.index), grouped(routed.probs), grouped(takes_slot), ranks)
     slots_per_expert = num_groups * slots
-    num_rows = experts.num_experts * slots_per_expert
+    num_rows = num_experts * slots_per_expert
     group = jnp.arange(num_groups)[:, None, None]
     row = grouped(routed.index) * slots_per_expert + group * slots + plan.slot
     row_of_token = jnp.where(plan.kept, row, num_rows).reshape(tokens, top_k).astype(jnp.int32)
     pair_of_row = permute.invert(row_of_token.reshape(-1), num_rows)
     rows = permute.rows_from_tokens(x, pair_of_row // top_k, row_of_token)
-    outputs = experts(rows.reshape(experts.num_experts, slots_per_expert, -1), layouts.Slots())
+    outputs = experts(rows.reshape(num_experts, slots_per_expert, -1), layouts.Slots())
     outputs = permute.tokens_from_rows(outputs.reshape(num_rows, -1), row_of_token, pair_of_row)
     weight = plan.weight.reshape(tokens, top_k).astype(x.dtype)
     return jnp.einsum("Mk,MkD->MD", weight, outputs), plan.dropped.sum()

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_vlm_jax.nn import linear, mlp
+from moe_vlm_jax.nn import dropout, linear, mlp
 
 
 class Experts(nnx.Module):
@@ -29,13 +29,11 @@ class Experts(nnx.Module):
         self.gate = expert_linear(embed_dim, mlp_dim) if gated else None
         self.down = expert_linear(mlp_dim, embed_dim)
         self.act = act
-        self.num_experts = num_experts
 
-    def __call__(self, rows: jax.Array, layout) -> jax.Array:
-        """Applies to each row the expert that the layout (moe/layouts.py) assigns it to."""
+    def __call__(self, rows: jax.Array, layout, *, key: jax.Array | None = None) -> jax.Array:
+        """Applies to each row the expert that the layout (moe/layouts.py) assigns it to; the key is for adapters."""
         act = mlp.activation(self.act)
-        if self.gate is None:
-            hidden = act(self.up(rows, layout))
-        else:
-            hidden = act(self.gate(rows, layout)) * self.up(rows, layout)
-        return self.down(hidden, layout)
+        up, gate, down = dropout.split(key, 3)
+        hidden = self.up(rows, layout, key=up)
+        hidden = act(hidden) if self.gate is None else act(self.gate(rows, layout, key=gate)) * hidden
+        return self.down(hidden, layout, key=down)

@@ -1,5 +1,7 @@
 """The MoE layer: router -> dispatch -> experts -> combine, in the place of a dense MLP."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,7 +10,7 @@ from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.moe import dispatch
 from moe_vlm_jax.moe import experts as experts_lib
 from moe_vlm_jax.moe import router as router_lib
-from moe_vlm_jax.nn import linear, mlp
+from moe_vlm_jax.nn import dropout, linear, mlp
 
 
 class MoELayer(nnx.Module):
@@ -36,37 +38,42 @@ class MoELayer(nnx.Module):
         )
         self.config = config
 
-    def __call__(self, x: jax.Array, context: router_lib.RouteContext) -> tuple[jax.Array, router_lib.RouterOutput]:
-        """Returns float[B, T, D] and the routing of its M = B * T tokens."""
+    def __call__(
+        self, x: jax.Array, context: router_lib.RouteContext, *, key: jax.Array | None = None
+    ) -> tuple[jax.Array, router_lib.RouterOutput]:
+        """Returns float[B, T, D] and the routing of its M = B * T tokens; the key is for adapters' dropout."""
         flat = x.reshape(-1, x.shape[-1])
         routed = self.router(flat, context)
-        y, dropped = self._dispatch(flat, routed, context)
+        experts_key, residual_key, coefficient_key = dropout.split(key, 3)
+        experts = functools.partial(self.experts, key=experts_key)
+        y, dropped = self._dispatch(flat, routed, context, experts)
         y = y.reshape(x.shape)
         if self.residual is not None and self.coefficient is not None:
-            share = jax.nn.softmax(self.coefficient(x).astype(jnp.float32), axis=-1).astype(x.dtype)
-            y = y * share[..., 0:1] + self.residual(x) * share[..., 1:2]
+            logits = self.coefficient(x, key=coefficient_key).astype(jnp.float32)
+            share = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
+            y = y * share[..., 0:1] + self.residual(x, key=residual_key) * share[..., 1:2]
         return y, routed._replace(dropped=dropped)
 
-    def _dispatch(self, flat, routed, context) -> tuple[jax.Array, jax.Array]:
+    def _dispatch(self, flat, routed, context, experts: dispatch.Experts) -> tuple[jax.Array, jax.Array]:
         config = self.config
         match config.dispatch:
             case "dense":
-                return dispatch.dense(flat, routed, self.experts), jnp.zeros((), jnp.float32)
+                return dispatch.dense(flat, routed, experts), jnp.zeros((), jnp.float32)
             case "dropless":
                 y = dispatch.dropless(
-                    flat, routed, self.experts, grouped_matmul=config.grouped_matmul, block_rows=config.block_rows
+                    flat, routed, experts, grouped_matmul=config.grouped_matmul, block_rows=config.block_rows
                 )
                 return y, jnp.zeros((), jnp.float32)
             case "capacity":
-                return self._capacity(flat, routed, context)
+                return self._capacity(flat, routed, context, experts)
         raise ValueError(f"moe.dispatch={config.dispatch!r} is unknown; use dropless, capacity or dense.")
 
-    def _capacity(self, flat, routed, context) -> tuple[jax.Array, jax.Array]:
+    def _capacity(self, flat, routed, context, experts: dispatch.Experts) -> tuple[jax.Array, jax.Array]:
         config = self.config
         num_groups = context.valid.shape[0] if config.capacity_group == "row" else 1
         slots = dispatch.capacity_of(
             flat.shape[0] // num_groups,
-            self.experts.num_experts,
+            routed.probs.shape[-1],
             config.top_k,
             factor=config.capacity_factor if context.train else config.eval_capacity_factor,
             minimum=config.min_capacity,
@@ -79,7 +86,7 @@ class MoELayer(nnx.Module):
         return dispatch.capacity(
             flat,
             routed,
-            self.experts,
+            experts,
             takes_slot=takes_slot,
             num_groups=num_groups,
             capacity=slots,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_vlm_jax.nn import linear
+from moe_vlm_jax.nn import dropout, linear
 from moe_vlm_jax.nn import rotary as rotary_lib
 
 _CAUSAL_CHUNKS = 4
@@ -54,6 +54,7 @@ class Attention(nnx.Module):
         rotary: rotary_lib.Rotary | None = None,
         cache: LayerCache | None = None,
         slot: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
         """Attends from x to itself, or, with a cache, to the cache after x is written into it.
 
@@ -64,11 +65,14 @@ class Attention(nnx.Module):
           rotary: rotation of each of the T positions; None: positions are not rotated.
           cache: earlier keys and values, S slots; None: S = T and keys are those of x.
           slot: int32[] first cache slot that x is written to.
+          key: for adapters' dropout; None turns it off.
 
         Returns:
           float[B, T, D] and the keys and values that were attended to.
         """
-        q, k, v = (self._heads(projection(x)) for projection in (self.q, self.k, self.v))
+        *qkv_keys, output_key = dropout.split(key, 4)
+        projections = zip((self.q, self.k, self.v), qkv_keys, strict=True)
+        q, k, v = (self._heads(projection(x, key=own)) for projection, own in projections)
         if rotary is not None:
             q, k = rotary_lib.rotate(q, rotary), rotary_lib.rotate(k, rotary)
         if cache is not None:
@@ -76,7 +80,7 @@ class Attention(nnx.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache.key, k.astype(cache.key.dtype), slot, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.value, v.astype(cache.value.dtype), slot, axis=1)
         y = attend(q, k, v, mask, causal=mask is not None and cache is None)
-        return self.o(y.reshape(*x.shape[:-1], -1)), LayerCache(k, v)
+        return self.o(y.reshape(*x.shape[:-1], -1), key=output_key), LayerCache(k, v)
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], -1, self.head_dim)

@@ -1,10 +1,13 @@
-"""Linear layers: one matrix, or one matrix per expert."""
+"""Linear layers: one matrix, or one matrix per expert; float or quantised, alone or with a LoRA beside it."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from moe_vlm_jax.nn import lora as lora_lib
+from moe_vlm_jax.quant import matmul
 
 
 class Linear(nnx.Module):
@@ -22,14 +25,27 @@ class Linear(nnx.Module):
         """
         self.kernel = nnx.Param(_fan_in_normal(rngs.params(), (in_dim, out_dim), dtype))
         self.bias = nnx.Param(jnp.zeros((out_dim,), dtype)) if bias else None
+        self.lora_a = nnx.data(None)
+        self.lora_b = nnx.data(None)
+        self.lora: lora_lib.Scaling | None = None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float[..., in] -> float[..., out]."""
-        kernel = self.kernel[...].astype(x.dtype)
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None, wide: bool = False) -> jax.Array:
+        """float[..., in] -> float[..., out].
+
+        Args:
+          x: inputs.
+          key: for the adapter's dropout; None turns it off.
+          wide: whether products are accumulated and returned in float32 (the head), not in the dtype of x.
+        """
+        product = _widened if wide else jnp.matmul
         # Rows are flattened first: from [B, T, in] XLA:CPU makes the kernel's gradient with a transposed copy of the
         # cotangent and a matmul at half speed.
-        y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        y = matmul.apply(product, rows, self.kernel.get_value())
+        if self.lora is not None:
+            y = y + lora_lib.update(jnp.matmul, rows, self.lora_a[...], self.lora_b[...], self.lora, key=key)
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 class ExpertLinear(nnx.Module):
@@ -39,11 +55,30 @@ class ExpertLinear(nnx.Module):
         """As Linear, with a leading axis of num_experts on kernel and bias."""
         self.kernel = nnx.Param(_fan_in_normal(rngs.params(), (num_experts, in_dim, out_dim), dtype))
         self.bias = nnx.Param(jnp.zeros((num_experts, out_dim), dtype)) if bias else None
+        self.lora_a = nnx.data(None)
+        self.lora_b = nnx.data(None)
+        self.lora: lora_lib.Scaling | None = None
 
-    def __call__(self, rows: jax.Array, layout) -> jax.Array:
-        """float[*rows, in] -> float[*rows, out]; layout.matmul and layout.add_bias pick each row's expert."""
-        y = layout.matmul(rows, self.kernel[...].astype(rows.dtype))
+    def __call__(self, rows: jax.Array, layout, *, key: jax.Array | None = None) -> jax.Array:
+        """float[*rows, in] -> float[*rows, out]; layout.matmul and layout.add_bias pick each row's expert.
+
+        Args:
+          rows: as the layout arranges them.
+          layout: of moe/layouts.py.
+          key: for the adapter's dropout; None turns it off.
+        """
+        y = matmul.apply(_layout_matmul, rows, self.kernel.get_value(), layout)
+        if self.lora is not None:
+            y = y + lora_lib.update(layout.matmul, rows, self.lora_a[...], self.lora_b[...], self.lora, key=key)
         return y if self.bias is None else layout.add_bias(y, self.bias[...].astype(rows.dtype))
+
+
+def _widened(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.dot(rows, kernel, preferred_element_type=jnp.float32)
+
+
+def _layout_matmul(rows: jax.Array, kernel: jax.Array, layout) -> jax.Array:
+    return layout.matmul(rows, kernel)
 
 
 def _fan_in_normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

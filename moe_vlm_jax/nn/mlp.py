@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_vlm_jax.nn import linear
+from moe_vlm_jax.nn import dropout, linear
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -34,16 +34,10 @@ class MLP(nnx.Module):
         self.down = linear.Linear(mlp_dim, embed_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.act = act
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float[..., D] -> float[..., D]."""
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """float[..., D] -> float[..., D]; the key is for adapters' dropout."""
         act = activation(self.act)
-        hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
-        return self.down(hidden)
-
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Returns x with elements zeroed at the given rate and the rest scaled up; unchanged without a key."""
-    if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+        up, gate, down = dropout.split(key, 3)
+        hidden = self.up(x, key=up)
+        hidden = act(hidden) if self.gate is None else act(self.gate(x, key=gate)) * hidden
+        return self.down(hidden, key=down)

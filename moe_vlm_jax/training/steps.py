@@ -70,9 +70,11 @@ def micro_batch_loss(
     """
     model = nnx.merge(graphdef, trainable, frozen)
     output = model(batch, train=True, step=step, rng=key)
-    kernel, bias = model.head()
     tokens = language_modeling.next_token_loss(
-        output.hidden, kernel, bias, batch.labels, chunk=config.training.loss_chunk
+        output.hidden,
+        batch.labels,
+        functools.partial(model.logits, key=jax.random.fold_in(key, 1)),
+        chunk=config.training.loss_chunk,
     )
     moe = config.model.moe
     routed = routing.routing_loss(

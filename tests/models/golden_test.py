@@ -62,7 +62,7 @@ def settings(case, config: config_lib.ModelConfig) -> config_lib.ModelConfig:
 
 
 def lm_loss(model: vlm.VLM, hidden: jax.Array, labels: jax.Array) -> jax.Array:
-    loss = language_modeling.next_token_loss(hidden, *model.head(), labels, chunk=0)
+    loss = language_modeling.next_token_loss(hidden, labels, model.logits, chunk=0)
     return loss.sum / loss.count
 
 
