@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import validation
+from moe_vlm_jax.quant import tensor as quant
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")  # a batch's rows are spread over all of these
@@ -23,6 +24,16 @@ ROWS = ("data", "fsdp", "expert")  # a batch's rows are spread over all of these
 # Path pattern -> spec of the TRAILING axes; axes before them (stacked layers) are whole on every device.
 # The first pattern that matches the whole path counts, and every parameter must match one.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    # Adapters lie as their kernels, the rank whole: A [in, R], B [R, out].
+    (r".*/experts/(up|gate)/lora_a", ("expert", "fsdp", None)),
+    (r".*/experts/(up|gate)/lora_b", ("expert", None, "tensor")),
+    (r".*/experts/down/lora_a", ("expert", "tensor", None)),
+    (r".*/experts/down/lora_b", ("expert", None, "fsdp")),
+    (r".*/(q|k|v|up|gate|lm_head)/lora_a", ("fsdp", None)),
+    (r".*/(q|k|v|up|gate|lm_head)/lora_b", (None, "tensor")),
+    (r".*/(o|down)/lora_a", ("tensor", None)),
+    (r".*/(o|down)/lora_b", (None, "fsdp")),
+    (r"(projector/linears/\d+|vision/patch_embed)/lora_[ab]", ()),
     (r".*/experts/(up|gate)/kernel", ("expert", "fsdp", "tensor")),  # [E, D, F]
     (r".*/experts/down/kernel", ("expert", "tensor", "fsdp")),  # [E, F, D]
     (r".*/experts/(up|gate)/bias", ("expert", "tensor")),  # [E, F]
@@ -76,6 +87,8 @@ def spec_for(path: str, rank: int) -> PartitionSpec:
 def state_shardings(state: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
     """Returns the state with a NamedSharding in the place of every array.
 
+    The arrays of a quantised kernel are cut along the kernel's axes, in whole blocks or not at all for its scales.
+
     Args:
       state: arrays or jax.ShapeDtypeStructs.
       mesh: from `make_mesh`.
@@ -88,16 +101,19 @@ def state_shardings(state: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
     for path, variable in nnx.to_flat_state(state):
         name = "/".join(map(str, path))
 
-        def place(array, name=name):
+        def place(value, name=name):
+            quantized = quant.is_quantized(value)
+            shape = (*value.leading, *value.shape) if quantized else value.shape
             try:
-                spec = spec_for(name, len(array.shape))
+                spec = spec_for(name, len(shape))
             except ValueError as error:
                 mistakes.append(str(error))
-                return NamedSharding(mesh, PartitionSpec())
-            mistakes.extend(_indivisible(name, array.shape, spec, mesh))
-            return NamedSharding(mesh, spec)
+                spec = PartitionSpec()
+            else:
+                mistakes.extend(_indivisible(name, shape, spec, mesh))
+            return _quantized_shardings(value, spec, mesh) if quantized else NamedSharding(mesh, spec)
 
-        placed.append((path, jax.tree.map(place, variable)))
+        placed.append((path, jax.tree.map(place, variable, is_leaf=quant.is_quantized)))
     if mistakes:
         raise ValueError("\n".join(dict.fromkeys(mistakes)))
     return nnx.from_flat_state(placed)
@@ -124,6 +140,25 @@ def batch_shardings(batch: batch_lib.Batch, mesh: jax.sharding.Mesh, *, accumula
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def _quantized_shardings(value: quant.QuantizedTensor, spec: PartitionSpec, mesh: jax.sharding.Mesh):
+    """Returns the tensor with a NamedSharding in the place of every array."""
+    rank = len(value.leading)
+    leading, axes = tuple(spec)[:rank], (tuple(spec)[rank:] or (None, None))
+    in_axis, out_axis = (None, None) if value.flattened else axes
+
+    def place(array) -> NamedSharding:
+        if len(array.shape) < rank + 2:  # per matrix, or per group of scales
+            return NamedSharding(mesh, PartitionSpec(*leading))
+        trailing = (in_axis, out_axis) if array is value.codes else (out_axis, in_axis)
+        whole = [
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for size, axis in zip(array.shape[rank:], trailing, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*leading, *whole))
+
+    return jax.tree.map(place, value)
 
 
 def _indivisible(name: str, shape: Sequence[int], spec: PartitionSpec, mesh: jax.sharding.Mesh) -> list[str]:

@@ -5,7 +5,7 @@ Beside the result, one tensor at a time is in memory. What goes where is decided
 
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ from flax import nnx
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import tree
 from moe_vlm_jax.hf import pieces as pieces_lib
-from moe_vlm_jax.hf import plans
+from moe_vlm_jax.hf import plans, readers
+from moe_vlm_jax.quant import tensor as quant
 
 
 class Loaded(NamedTuple):
@@ -61,9 +62,12 @@ def load_into(
         accept=accept,
     )
     filled = {}
-    for path, array in read_leaves(plan):
+    leaves = {path: variable.get_value() for path, variable in tree.leaves(abstract).items()}
+    quantized = {path: leaf for path, leaf in leaves.items() if quant.is_quantized(leaf)}
+    for path, leaf in read_leaves(plan, quantized):
         # device_put, unlike jnp.asarray, takes an aligned array over without a copy on CPU.
-        filled[path] = jax.device_put(array, getattr(specs[path], "sharding", None))
+        places = jax.tree.map(lambda spec: getattr(spec, "sharding", None), leaves[path])
+        filled[path] = jax.tree.map(jax.device_put, leaf, places)
     log(plan.report, folder)
     pairs = [(path, v.replace(filled["/".join(map(str, path))])) for path, v in nnx.to_flat_state(abstract)]
     return Loaded(nnx.from_flat_state(pairs), plan.report)
@@ -111,21 +115,59 @@ def load_params(
     return params, plan.report
 
 
-def read_leaves(plan: plans.Plan) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields every leaf filled; beside the leaf, one tensor at a time is in memory."""
+def read_leaves(
+    plan: plans.Plan, quantized: Mapping[str, quant.QuantizedTensor] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Yields every leaf filled; beside the leaf, one tensor at a time is in memory.
+
+    Args:
+      plan: where the leaves come from.
+      quantized: {path: abstract tensor} of the leaves to quantise, matrix by matrix as they are read: their float
+        values are never in memory together.
+    """
+    quantized = quantized or {}
     for path, spec in plan.specs.items():
+        if path in quantized:
+            yield path, _read_quantized(plan, path, quantized[path])
+            continue
         if path in plan.random:
             yield path, plan.random[path]
             continue
         leaf = aligned_empty(spec.shape, np.dtype(spec.dtype))
         for piece, tensor in plan.pieces[path]:
-            array = tensor.read()
-            array = array if piece.rows is None else array[slice(*piece.rows)]
-            leaf[piece.index] = pieces_lib.forward(array, piece.transform)  # casts
+            leaf[piece.index] = _read_piece(piece, tensor)  # casts
             if tensor.dtype != leaf.dtype:
-                cast = f"{tensor.dtype} -> {leaf.dtype}"
-                plan.report.casts[cast] = plan.report.casts.get(cast, 0) + 1
+                _count(plan.report, f"{tensor.dtype} -> {leaf.dtype}")
         yield path, leaf
+
+
+def _read_piece(piece: pieces_lib.Piece, tensor: readers.Tensor) -> np.ndarray:
+    array = tensor.read()
+    array = array if piece.rows is None else array[slice(*piece.rows)]
+    return pieces_lib.forward(array, piece.transform)
+
+
+def _read_quantized(plan: plans.Plan, path: str, abstract: quant.QuantizedTensor) -> quant.QuantizedTensor:
+    """Returns a leaf of numpy arrays; each piece is one matrix [in, out]."""
+    leaf = jax.tree.map(lambda spec: aligned_empty(spec.shape, np.dtype(spec.dtype)), abstract)
+    if path in plan.random:
+        matrices = iter([((), plan.random[path], np.dtype(np.float32))])
+    else:
+        matrices = ((piece.index, _read_piece(piece, tensor), tensor.dtype) for piece, tensor in plan.pieces[path])
+    for index, matrix, dtype in matrices:
+        found = _quantize(np.ascontiguousarray(matrix), quant.format_of(abstract))
+        for place, part in zip(jax.tree.leaves(leaf), jax.tree.leaves(found), strict=True):
+            place[index] = np.asarray(part)
+        _count(plan.report, f"{dtype} -> {abstract.kind}")
+    return leaf
+
+
+# On the default device, one matrix at a time.
+_quantize = jax.jit(quant.quantize, static_argnums=1)
+
+
+def _count(report: plans.Report, cast: str) -> None:
+    report.casts[cast] = report.casts.get(cast, 0) + 1
 
 
 def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
@@ -145,7 +187,10 @@ def log(report: plans.Report, folder: str | pathlib.Path) -> None:
 def state_specs(state: nnx.State) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns {parameter path: shape and dtype} of a state of arrays or of abstract values."""
     values = {path: variable.get_value() for path, variable in tree.leaves(state).items()}
-    return {
-        path: v if isinstance(v, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(v.shape, v.dtype)
-        for path, v in values.items()
-    }
+    return {path: _spec(value) for path, value in values.items()}
+
+
+def _spec(value: Any) -> jax.ShapeDtypeStruct:
+    if quant.is_quantized(value):  # the kernel that it stands for
+        return jax.ShapeDtypeStruct((*value.leading, *value.shape), jnp.float32)
+    return value if isinstance(value, jax.ShapeDtypeStruct) else jax.ShapeDtypeStruct(value.shape, value.dtype)

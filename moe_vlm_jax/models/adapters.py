@@ -59,6 +59,14 @@ def attach(model: nnx.Module, config: config_lib.LoraConfig, *, rngs: nnx.Rngs) 
         _attach(chosen[path], config, rngs)
 
 
+def split(params: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """Returns (everything else, the adapters) of a model's parameters; `nnx.merge_state` puts them together."""
+    parts = ([], [])
+    for path, variable in nnx.to_flat_state(params):
+        parts[re.fullmatch(PATHS, "/".join(map(str, path))) is not None].append((path, variable))
+    return nnx.from_flat_state(parts[0]), nnx.from_flat_state(parts[1])
+
+
 def _attach(layer: linear.Linear | linear.ExpertLinear, config: config_lib.LoraConfig, rngs: nnx.Rngs) -> None:
     *leading, in_dim, out_dim = layer.kernel.get_value().shape
     dtype = layer.kernel.get_value().dtype

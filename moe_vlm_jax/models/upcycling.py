@@ -4,12 +4,17 @@ Every expert is a copy of the dense MLP. With top_k > 1 and renormalised weights
 dense one computed, whatever the router says, because its choices are equal and their weights sum to 1.
 """
 
+import collections
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moe_vlm_jax import tree
 from moe_vlm_jax.models import placement
+from moe_vlm_jax.quant import tensor as quant
 
 _EXPERTS, _RESIDUAL = "moe/experts/", "moe/residual/"
 
@@ -22,8 +27,8 @@ def upcycle(
     Pure, so it can run under jit with out_shardings.
 
     Args:
-      dense: all parameters of the dense model.
-      initial: all parameters of the MoE model; routers and residual coefficients are taken from here.
+      dense: all parameters of the dense model, some of them perhaps quantised.
+      initial: all parameters of the MoE model; routers, residual coefficients and adapters are taken from here.
       dense_experts: ModelConfig.layer_experts of the dense model, all 0.
       moe_experts: ModelConfig.layer_experts of the MoE model.
     """
@@ -39,20 +44,72 @@ def upcycle(
     for path, variable in nnx.to_flat_state(initial):
         name = "/".join(map(str, path))
         if not name.startswith("decoder/groups/"):
-            grown.append((path, variable.replace(source[name][...])))
+            new = name.endswith(("/lora_a", "/lora_b"))
+            grown.append((path, variable if new else variable.replace(source[name].get_value())))
             continue
         _, _, g, _, b, leaf = name.split("/", 5)
         group = targets[int(g)]
-        if leaf.startswith(("moe/router/", "moe/coefficient/")):
+        if _is_new(leaf):
             grown.append((path, variable))
             continue
-        wanted = "mlp/" + leaf.removeprefix(_EXPERTS).removeprefix(_RESIDUAL) if leaf.startswith("moe/") else leaf
-        stacked = jnp.stack([layers.leaf(wanted, group.layer(int(b), r)) for r in range(group.repeats)])
-        if leaf.startswith(_EXPERTS):  # [R, ...] -> [R, E, ...]
-            experts = group.experts[int(b)]
-            stacked = jnp.broadcast_to(stacked[:, None], (stacked.shape[0], experts, *stacked.shape[1:]))
-        grown.append((path, variable.replace(stacked.astype(variable.dtype))))
+        rows = [layers.leaf(_dense_name(leaf), group.layer(int(b), r)) for r in range(group.repeats)]
+        experts = group.experts[int(b)] if leaf.startswith(_EXPERTS) else 0
+        value = jax.tree.map(lambda *arrays, experts=experts: _stack(arrays, experts), *rows)
+        grown.append((path, variable.replace(value if quant.is_quantized(value) else value.astype(variable.dtype))))
     return nnx.from_flat_state(grown)
+
+
+def sources(
+    initial: nnx.State, *, dense_experts: tuple[int, ...], moe_experts: tuple[int, ...]
+) -> dict[str, list[str]]:
+    """Returns, for every parameter of the dense parent, the parameters of the MoE model that it is copied to.
+
+    Args:
+      initial: parameters of the MoE model, or abstract values in their place.
+      dense_experts: see `upcycle`.
+      moe_experts: see `upcycle`.
+    """
+    place = _places(placement.group_layers(dense_experts))
+    targets = placement.group_layers(moe_experts)
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for name in tree.leaves(initial):
+        if not name.startswith("decoder/groups/"):
+            found[name].append(name)
+            continue
+        _, _, g, _, b, leaf = name.split("/", 5)
+        if _is_new(leaf):
+            continue
+        group = targets[int(g)]
+        for parent in {place[group.layer(int(b), r)][:2] for r in range(group.repeats)}:
+            found[f"decoder/groups/{parent[0]}/blocks/{parent[1]}/{_dense_name(leaf)}"].append(name)
+    return found
+
+
+def _is_new(leaf: str) -> bool:
+    """Whether a leaf of a block has no counterpart in the dense parent."""
+    return leaf.startswith(("moe/router/", "moe/coefficient/")) or leaf.endswith(("/lora_a", "/lora_b"))
+
+
+def _dense_name(leaf: str) -> str:
+    return "mlp/" + leaf.removeprefix(_EXPERTS).removeprefix(_RESIDUAL) if leaf.startswith("moe/") else leaf
+
+
+def _stack(arrays: Sequence[jax.Array], experts: int) -> jax.Array:
+    """[...] per layer -> [R, ...], or [R, E, ...] copies for each of the experts."""
+    stacked = jnp.stack(arrays)
+    if not experts:
+        return stacked
+    return jnp.broadcast_to(stacked[:, None], (stacked.shape[0], experts, *stacked.shape[1:]))
+
+
+def _places(groups: Sequence[placement.LayerGroup]) -> dict[int, tuple[int, int, int]]:
+    """Returns {layer: (group, block, repeat)}."""
+    return {
+        group.layer(b, r): (g, b, r)
+        for g, group in enumerate(groups)
+        for b in range(len(group.experts))
+        for r in range(group.repeats)
+    }
 
 
 class _Layers:
@@ -60,13 +117,9 @@ class _Layers:
 
     def __init__(self, state: nnx.State, groups: tuple[placement.LayerGroup, ...]):
         self._leaves = tree.leaves(state)
-        self._place = {
-            group.layer(b, r): (g, b, r)
-            for g, group in enumerate(groups)
-            for b in range(len(group.experts))
-            for r in range(group.repeats)
-        }
+        self._place = _places(groups)
 
-    def leaf(self, name: str, layer: int) -> jax.Array:
+    def leaf(self, name: str, layer: int) -> Any:
         g, b, r = self._place[layer]
-        return self._leaves[f"decoder/groups/{g}/blocks/{b}/{name}"][...][r]
+        stacked = self._leaves[f"decoder/groups/{g}/blocks/{b}/{name}"].get_value()
+        return jax.tree.map(lambda array: array[r], stacked)

@@ -132,6 +132,11 @@ def dequantize(tensor: QuantizedTensor, dtype: jax.typing.DTypeLike) -> jax.Arra
     return jnp.swapaxes(flat.reshape(*tensor.leading, tensor.shape[1], tensor.shape[0]), -1, -2)
 
 
+def format_of(tensor: QuantizedTensor) -> Format:
+    """Returns how a tensor is stored."""
+    return Format(tensor.kind, tensor.block, isinstance(tensor.scales, scales_lib.QuantizedScales))
+
+
 def as_array(kernel: Any, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Returns a kernel, quantised or not, as an array of dtype."""
     return dequantize(kernel, dtype) if isinstance(kernel, QuantizedTensor) else kernel.astype(dtype)

@@ -72,7 +72,8 @@ def make_schedule(config: config_lib.OptimizerConfig, peak: float, num_steps: in
 
 def decay_mask(params: nnx.State) -> nnx.State:
     """Returns True where weight decay applies: matrices, but not biases, norms, embeddings or class tokens."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: leaf_path(path).endswith("/kernel"), params)
+    matrices = ("/kernel", "/lora_a", "/lora_b")
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaf_path(path).endswith(matrices), params)
 
 
 def muon_labels(params: nnx.State) -> nnx.State:

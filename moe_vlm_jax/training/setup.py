@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 
@@ -19,7 +18,9 @@ from moe_vlm_jax import cost, sharding, tree, validation
 from moe_vlm_jax.data import pipeline, stream
 from moe_vlm_jax.hf import configs as hf_configs
 from moe_vlm_jax.hf import load as hf_load
-from moe_vlm_jax.models import upcycling, vlm
+from moe_vlm_jax.models import adapters, upcycling, vlm
+from moe_vlm_jax.quant import state as quant
+from moe_vlm_jax.quant import tensor as quant_tensor
 from moe_vlm_jax.training import checkpoint, steps
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import state as state_lib
@@ -191,6 +192,7 @@ def make_model(config: config_lib.RunConfig) -> Model:
     model_config = resolve(config.model, mesh.devices.flat[0].platform)
     abstract = nnx.eval_shape(lambda: vlm.VLM(model_config, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(abstract)
+    params = quantized(params, model_config.quant)
     placed = [
         jax.tree.map(_with_sharding, part, sharding.state_shardings(part, mesh)) for part in _parts(params, config)
     ]
@@ -214,22 +216,36 @@ def initial_params(model: Model, config: config_lib.RunConfig) -> tuple[nnx.Stat
         return _base_params(model, config)
 
     def init(key: jax.Array) -> tuple[nnx.State, nnx.State]:
-        return _parts(nnx.state(vlm.VLM(model.config, rngs=nnx.Rngs(key))), config)
+        params = nnx.state(vlm.VLM(model.config, rngs=nnx.Rngs(key)))
+        return _parts(quantized(params, model.config.quant), config)
 
     shardings = (_shardings(model.trainable), _shardings(model.frozen))
     # The key is an argument, not a constant: one compiled program serves all seeds.
     return jax.jit(init, out_shardings=shardings)(jax.random.key(config.training.seed))
 
 
-def narrow(frozen: nnx.State, dtype: str) -> nnx.State:
-    """Returns frozen parameters in the dtype they are computed in: nothing accumulates in them."""
+def quantized(params: nnx.State, config: config_lib.QuantConfig) -> nnx.State:
+    """Returns parameters, or ShapeDtypeStructs of them, with the kernels that the config names quantised.
 
-    def cast(x):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+    Raises:
+      ValueError: see `quant.state.chosen`.
+    """
+    paths = quant.chosen(list(tree.leaves(params)), config)
+    return quant.quantize_state(params, paths, quant.format_of(config))
+
+
+def narrow(frozen: nnx.State, dtype: str) -> nnx.State:
+    """Returns frozen parameters in the dtype they are computed in: nothing accumulates in them.
+
+    Routers compute in float32 and stay so: rounded, they would send tokens to other experts. Quantised leaves stay.
+    """
+
+    def cast(path: jax.tree_util.KeyPath, x):
+        if quant_tensor.is_quantized(x) or "/router/" in optimizer_lib.leaf_path(path):
             return x
         return jax.ShapeDtypeStruct(x.shape, dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)
 
-    return jax.tree.map(cast, frozen)
+    return jax.tree_util.tree_map_with_path(cast, frozen, is_leaf=quant_tensor.is_quantized)
 
 
 def to_devices(batch: batch_lib.Batch, mesh: jax.sharding.Mesh) -> batch_lib.Batch:
@@ -250,22 +266,34 @@ def _base_params(model: Model, config: config_lib.RunConfig) -> tuple[nnx.State,
     if any(model.config.layer_experts) and not any(base.layer_experts):
         logging.info("%s is dense: its MLPs become experts %s", training.base, model.config.layer_experts)
         return _upcycled(model, config, dataclasses.replace(model.config, moe=base.moe), sources)
-    abstract = nnx.merge_state(model.trainable, model.frozen)
+    abstract, fresh = adapters.split(nnx.merge_state(model.trainable, model.frozen))
     params = hf_load.load_into(abstract, training.base, model.config, **sources).state
-    return _parts(params, config)
+
+    def init(key: jax.Array) -> nnx.State:
+        return adapters.split(nnx.state(vlm.VLM(model.config, rngs=nnx.Rngs(key))))[1]
+
+    fresh = jax.jit(init, out_shardings=_shardings(fresh))(jax.random.key(training.seed))
+    return _parts(nnx.merge_state(params, fresh), config)
 
 
 def _upcycled(
     model: Model, config: config_lib.RunConfig, dense: config_lib.ModelConfig, sources: Mapping[str, Any]
 ) -> tuple[nnx.State, nnx.State]:
-    abstract = nnx.state(nnx.eval_shape(lambda: vlm.VLM(dense, rngs=nnx.Rngs(0))))
+    bare = dataclasses.replace(dense, lora=config_lib.LoraConfig())
+    abstract = nnx.state(nnx.eval_shape(lambda: vlm.VLM(bare, rngs=nnx.Rngs(0))))
+    experts = {"dense_experts": dense.layer_experts, "moe_experts": model.config.layer_experts}
+    # What ends up quantised everywhere is quantised while it is read; the rest after growing.
+    grown = quant.quantized_leaves(nnx.merge_state(model.trainable, model.frozen))
+    sources_of = upcycling.sources(nnx.merge_state(model.trainable, model.frozen), **experts)
+    wanted = {path for path in tree.leaves(abstract) if all(t in grown for t in sources_of[path]) and sources_of[path]}
+    abstract = quant.quantize_state(abstract, frozenset(wanted), quant.format_of(model.config.quant))
     abstract = jax.tree.map(_with_sharding, abstract, sharding.state_shardings(abstract, model.mesh))
-    parent = hf_load.load_into(abstract, config.training.base, dense, **sources).state
+    parent = hf_load.load_into(abstract, config.training.base, bare, **sources).state
 
     def grow(parent: nnx.State, key: jax.Array) -> tuple[nnx.State, nnx.State]:
         initial = nnx.state(vlm.VLM(model.config, rngs=nnx.Rngs(key)))
-        experts = {"dense_experts": dense.layer_experts, "moe_experts": model.config.layer_experts}
-        return _parts(upcycling.upcycle(parent, initial, **experts), config)
+        params = upcycling.upcycle(parent, initial, **experts)
+        return _parts(quantized(params, model.config.quant), config)
 
     return jax.jit(grow, out_shardings=(_shardings(model.trainable), _shardings(model.frozen)))(
         parent, jax.random.key(config.training.seed)
@@ -276,6 +304,12 @@ def _parts(params: nnx.State, config: config_lib.RunConfig) -> tuple[nnx.State, 
     """Returns (trainable, frozen) of arrays or ShapeDtypeStructs, the frozen part in its own dtype."""
     groups = {"training.trainable": config.training.trainable, "training.frozen": config.training.frozen}
     parts = tree.partition(params, groups)
+    trained = list(quant.quantized_leaves(parts["training.trainable"]))
+    if trained:
+        raise ValueError(
+            f"{len(trained)} quantised parameters would train ({trained[0]!r}, ...), but codes have no gradient; move "
+            "them to training.frozen (stages.LORA trains adapters), or narrow model.quant.targets."
+        )
     return parts["training.trainable"], narrow(parts["training.frozen"], config.model.compute_dtype)
 
 

@@ -14,6 +14,12 @@ class Stage(NamedTuple):
     frozen: tuple[str, ...]
 
 
+# Adapters alone, beside a base that may be quantised. Routers are frozen too; LORA_AND_ROUTERS trains them in full.
+LORA = Stage(trainable=(r".*/lora_[ab]",), frozen=(r".*/(?!lora_[ab]$)\w+",))
+LORA_AND_ROUTERS = Stage(
+    trainable=(r".*/lora_[ab]", r"decoder/.*/router/kernel"), frozen=(r"(?!.*/router/).*/(?!lora_[ab]$)\w+",)
+)
+
 EVERYTHING = Stage(trainable=(".*",), frozen=())
 
 # 1: the projector alone learns to speak to a finished language model.
