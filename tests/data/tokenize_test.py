@@ -68,10 +68,11 @@ def test_an_answer_before_the_first_question_is_skipped_as_in_the_reference():
 
 @pytest.mark.goldens
 def test_the_end_tokens_are_the_tokenizers_and_the_templates():
-    assert tokenize.end_tokens(label_masks_test.tokenizer("gpt2"), "phi") == (0,)
-    assert tokenize.end_tokens(label_masks_test.tokenizer("llama"), "v1") == (2,)
+    ends = label_masks_test.golden()["eos_token_id"]
+    assert tokenize.end_tokens(label_masks_test.tokenizer("gpt2"), "phi") == (ends["gpt2"],)
+    assert tokenize.end_tokens(label_masks_test.tokenizer("llama"), "v1") == (ends["llama"],)
     # '<|end_of_turn|>' is several tokens here, so it cannot end an answer by itself.
-    assert tokenize.end_tokens(label_masks_test.tokenizer("llama"), "openchat") == (2,)
+    assert tokenize.end_tokens(label_masks_test.tokenizer("llama"), "openchat") == (ends["llama"],)
 
 
 @pytest.mark.goldens
