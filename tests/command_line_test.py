@@ -71,3 +71,14 @@ def test_a_mistake_is_one_message(case):
     assert re.search(r"^error: .*" + re.escape(message), done.stderr, re.MULTILINE), done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) <= 2
+
+
+def test_a_mistake_is_found_without_importing_transformers():
+    mistake = ["--config=configs/sft.py", "--config.training.batch_size=2.5"]
+    command = [sys.executable, "-X", "importtime", "-m", "moe_vlm_jax.train", *mistake]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert "error: config field 'training.batch_size'" in done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "moe_vlm_jax.data.infographics.vocabulary" in imported
+    assert "transformers" not in imported

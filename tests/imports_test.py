@@ -120,8 +120,15 @@ def test_heavy_and_optional_packages_are_imported_where_they_are_used(module):
     top = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in top if isinstance(node, ast.ImportFrom)}
-    heavy = {"torch", "matplotlib", "pyarrow", "pandas", "libtpu"} & {name.split(".")[0] for name in names}
+    heavy = {name.split(".")[0] for name in names}
+    heavy &= {"torch", "transformers", "matplotlib", "pyarrow", "pandas", "libtpu"}
     assert not heavy, f"import {heavy} inside the function that needs it"
+
+
+def test_one_module_imports_transformers():
+    imported = re.compile(r"^\s*(import|from) transformers\b", re.MULTILINE)
+    owners = [str(module) for module in MODULES if imported.search((ROOT / module).read_text())]
+    assert owners == ["moe_vlm_jax/data/fast_tokenizers.py"], "make tokenizers there: its import is quiet and late"
 
 
 def test_no_file_of_the_package_is_longer_than_400_lines():

@@ -4,12 +4,11 @@ Its test split serves as 'val' and as 'test'. 74 % of the questions are yes/no, 
 """
 
 import re
+from typing import Any
 
 import easy_vqa
-import tokenizers
-import transformers
 
-from moe_vlm_jax.data import records
+from moe_vlm_jax.data import fast_tokenizers, records
 
 _SHAPES = ("circle", "rectangle", "triangle")
 _SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -31,18 +30,12 @@ def load_records(split: str) -> list[records.Record]:
     ]
 
 
-def tokenizer() -> transformers.PreTrainedTokenizerFast:
+def tokenizer() -> Any:
     """Returns a word-level tokenizer of the set's own words, for models trained on it from nothing."""
     texts, answers, _ = _questions("train")
     words = sorted({word for text in [*texts, *answers] for word in re.findall(r"\w+|[^\w\s]+", text)})
-    ids = {word: index for index, word in enumerate([*_SPECIAL, *words])}
     pad, end, unknown = _SPECIAL
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=unknown))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    backend.decoder = tokenizers.decoders.WordPiece(prefix="##", cleanup=True)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=pad, eos_token=end, unk_token=unknown
-    )
+    return fast_tokenizers.word_level([*_SPECIAL, *words], pad=pad, end=end, unknown=unknown)
 
 
 def _questions(split: str) -> tuple[list[str], list[str], list[int]]:

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import transformers
 
 from moe_vlm_jax.batch import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from moe_vlm_jax.data import bad_samples, label_masks, records, templates
+from moe_vlm_jax.data import bad_samples, fast_tokenizers, label_masks, records, templates
 
 
 def load_tokenizer(spec: str) -> Any:
@@ -34,8 +33,7 @@ def load_tokenizer(spec: str) -> Any:
             f"data.tokenizer={spec!r} has no tokenizer.json; it must be 'closed', 'easy_vqa' or a folder with a fast "
             "tokenizer; write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(folder)."
         )
-    # The generic class takes tokenizer.json as it is; classes named in tokenizer_config.json may need remote code.
-    return transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    return fast_tokenizers.from_folder(folder)
 
 
 def encode(

@@ -1,10 +1,9 @@
 """The closed vocabulary of the `mini` set: every word it can produce is one token, numbers included."""
 
 import functools
+from typing import Any
 
-import tokenizers
-import transformers
-
+from moe_vlm_jax.data import fast_tokenizers
 from moe_vlm_jax.data.infographics import mini
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -22,14 +21,6 @@ def words() -> tuple[str, ...]:
     return tuple(dict.fromkeys(listed))
 
 
-def closed_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Returns a word-level tokenizer; decoding gives back the set's own spelling ('fog, sun')."""
-    ids = {word: index for index, word in enumerate(words())}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=UNKNOWN))
-    # Splits 'fog,' into 'fog' and ','; any white space, newlines included, only separates.
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    # Joins with spaces, none before punctuation; there are no continued word pieces.
-    backend.decoder = tokenizers.decoders.WordPiece(prefix="##", cleanup=True)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=PAD, eos_token=END, unk_token=UNKNOWN
-    )
+def closed_tokenizer() -> Any:
+    """Returns a word-level tokenizer of these words."""
+    return fast_tokenizers.word_level(list(words()), pad=PAD, end=END, unknown=UNKNOWN)
