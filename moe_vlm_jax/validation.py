@@ -15,6 +15,9 @@ _CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots"),
+    "model.quant.kind": ("none", "nf4", "int4", "int8"),
+    "model.lora.init": ("kaiming", "gaussian"),
+    "optimizer.moments_dtype": ("float32", "bfloat16"),
     "model.vision.activation": ("quick_gelu", "gelu_tanh", "gelu"),
     "model.decoder.norm": ("layernorm", "rmsnorm"),
     "model.decoder.activation": ("gelu_tanh", "gelu", "silu"),
@@ -64,6 +67,7 @@ _RANGES: dict[tuple[float | None, float | None, bool], dict[str, str]] = {
         "model.vision": "norm_eps",
         "model.decoder": "rope_theta norm_eps",
         "model.moe": "capacity_factor eval_capacity_factor",
+        "model.lora": "alpha",
         "optimizer": "eps max_grad_norm",
         "training": "epochs",
     },
@@ -71,6 +75,8 @@ _RANGES: dict[tuple[float | None, float | None, bool], dict[str, str]] = {
         "model.vision": "skip_tokens position_init_std",
         "model.decoder": "embed_init_std",
         "model.moe": "layers min_capacity balance_coef router_z_coef",
+        "model.quant": "block",
+        "model.lora": "rank",
         "data": "num_images images_per_row num_workers",
         "optimizer": "learning_rate muon_learning_rate weight_decay",
         "training": "max_steps loss_chunk checkpoint_seconds",
@@ -83,6 +89,7 @@ _RANGES: dict[tuple[float | None, float | None, bool], dict[str, str]] = {
     },
     (0, 0.999, True): {
         "model.decoder": "embed_dropout residual_dropout",
+        "model.lora": "dropout",
     },
     (0, 1, True): {
         "optimizer": "warmup_ratio final_ratio",
@@ -108,7 +115,8 @@ def validate(config: config_lib.RunConfig) -> None:
     """
     mistakes = list(_types(config, ""))
     if not mistakes:  # the other rules compute with the values
-        mistakes = [*_ranges(config), *_model(config.model), *_moe(config.model), *_data(config), *_training(config)]
+        mistakes = [*_ranges(config), *_patterns(config), *_model(config.model), *_moe(config.model)]
+        mistakes += [*_adaptation(config.model), *_data(config), *_training(config)]
     if mistakes:
         raise ValueError("\n".join(mistakes))
 
@@ -276,6 +284,32 @@ def _moe(model: config_lib.ModelConfig) -> Iterator[str]:
         yield from idle("block_rows", "with grouped_matmul='ragged'")
     if moe.top_k == 1:
         yield from idle("renormalize gumbel_second_choice", "with top_k=1 (there is no second choice)")
+
+
+def _adaptation(model: config_lib.ModelConfig) -> Iterator[str]:
+    quant, lora = model.quant, model.lora
+    if quant.kind == "none":
+        yield from _no_effect(quant, "model.quant", "block double targets", "with model.quant.kind='none'")
+    elif not quant.targets:
+        yield f"model.quant.kind={quant.kind!r} quantises nothing with model.quant.targets=(); name a pattern."
+    elif quant.kind != "int8" and quant.block % 2:
+        yield f"model.quant.block={quant.block} must be even for {quant.kind!r}: two codes share a byte; use 64."
+    if lora.rank == 0:
+        yield from _no_effect(lora, "model.lora", "alpha dropout rslora init targets", "with model.lora.rank=0")
+    elif not lora.targets:
+        yield f"model.lora.rank={lora.rank} adapts nothing with model.lora.targets=(); name a pattern, or set rank=0."
+
+
+def _patterns(config: config_lib.RunConfig) -> Iterator[str]:
+    """Yields fields of patterns that are no regular expressions."""
+    names = ("model.quant.targets", "model.lora.targets", "training.trainable", "training.frozen", "optimizer.no_decay")
+    flat = flatten(config)
+    for name in (*names, "optimizer.rates"):
+        for pattern in typing.cast(tuple[str, ...], flat[name]):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"{name} has {pattern!r}, which is no regular expression ({error}); correct it."
 
 
 def _data(config: config_lib.RunConfig) -> Iterator[str]:

@@ -1,6 +1,9 @@
 """Schedules and optimizers, from optax, over the trainable part only."""
 
+import functools
 import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +27,15 @@ class Optimizer(NamedTuple):
 def make_optimizer(config: config_lib.OptimizerConfig, num_steps: int) -> Optimizer:
     """Returns the optimizer of a run of num_steps steps; gradients are clipped by their global norm first."""
     schedule = make_schedule(config, config.learning_rate, num_steps)
+    mask = functools.partial(decay_mask, excluded=config.no_decay)
     adamw = optax.adamw(
-        schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decay_mask
+        schedule,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=mask,
+        mu_dtype=config.moments_dtype,
     )
     if config.name == "adamw":
         update = adamw
@@ -33,13 +43,73 @@ def make_optimizer(config: config_lib.OptimizerConfig, num_steps: int) -> Optimi
         muon = optax.contrib.muon(
             make_schedule(config, config.muon_learning_rate, num_steps),
             weight_decay=config.weight_decay,
+            weight_decay_mask=mask,
             consistent_rms=_MUON_CONSISTENT_RMS,
             muon_weight_dimension_numbers=_last_two_axes,
         )
         update = optax.partition({"muon": muon, "adamw": adamw}, muon_labels)
     else:
         raise ValueError(f"optimizer.name={config.name!r} is unknown; use 'adamw' or 'muon'.")
-    return Optimizer(optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update), schedule)
+    steps = [optax.clip_by_global_norm(config.max_grad_norm), update]
+    if config.rates:
+        steps.append(scale_by_path(parse_rates(config.rates)))
+    return Optimizer(optax.chain(*steps), schedule)
+
+
+def check_groups(config: config_lib.OptimizerConfig, paths: Sequence[str]) -> None:
+    """Checks that the patterns of `rates` and `no_decay` name trainable parameters, each at most one rate.
+
+    Raises:
+      ValueError: all mistakes in one message.
+    """
+    rates = parse_rates(config.rates)
+    mistakes = [
+        f"optimizer.{field} pattern {pattern!r} names no trainable parameter; correct or remove it."
+        for field, patterns in (("rates", rates), ("no_decay", config.no_decay))
+        for pattern in patterns
+        if not any(re.fullmatch(pattern, path) for path in paths)
+    ]
+    for path in paths:
+        named = [pattern for pattern in rates if re.fullmatch(pattern, path)]
+        if len(named) > 1:
+            mistakes.append(
+                f"optimizer.rates patterns {' and '.join(map(repr, named))} both name {path!r}; make them disjoint."
+            )
+            break
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+
+
+def parse_rates(rates: Sequence[str]) -> dict[str, float]:
+    """Returns {pattern: factor} of entries 'PATTERN=FACTOR'.
+
+    >>> parse_rates((".*/lora_b=16",))
+    {'.*/lora_b': 16.0}
+    """
+    found = {}
+    for entry in rates:
+        pattern, _, factor = entry.rpartition("=")
+        try:
+            found[pattern] = float(factor)
+        except ValueError:
+            found[pattern] = math.nan
+        if not pattern or not found[pattern] >= 0:
+            raise ValueError(
+                f"optimizer.rates entry {entry!r} must be PATTERN=FACTOR with a factor of at least 0; write it like "
+                "'.*/lora_b=16'."
+            )
+    return found
+
+
+def scale_by_path(rates: Mapping[str, float]) -> optax.GradientTransformation:
+    """Returns a transformation that multiplies updates, decay included, by the factor of their parameter's path."""
+
+    def factor(path: jax.tree_util.KeyPath) -> float:
+        return next((rate for pattern, rate in rates.items() if re.fullmatch(pattern, leaf_path(path))), 1.0)
+
+    return optax.stateless(
+        lambda updates, _: jax.tree_util.tree_map_with_path(lambda path, update: update * factor(path), updates)
+    )
 
 
 def make_schedule(config: config_lib.OptimizerConfig, peak: float, num_steps: int) -> optax.Schedule:
@@ -70,10 +140,20 @@ def make_schedule(config: config_lib.OptimizerConfig, peak: float, num_steps: in
     return schedule
 
 
-def decay_mask(params: nnx.State) -> nnx.State:
-    """Returns True where weight decay applies: matrices, but not biases, norms, embeddings or class tokens."""
+def decay_mask(params: nnx.State, *, excluded: Sequence[str] = ()) -> nnx.State:
+    """Returns True where weight decay applies: matrices, but not biases, norms, embeddings or class tokens.
+
+    Args:
+      params: the trainable part.
+      excluded: patterns over paths of matrices that do not decay either.
+    """
     matrices = ("/kernel", "/lora_a", "/lora_b")
-    return jax.tree_util.tree_map_with_path(lambda path, _: leaf_path(path).endswith(matrices), params)
+
+    def decays(path: jax.tree_util.KeyPath, _) -> bool:
+        name = leaf_path(path)
+        return name.endswith(matrices) and not any(re.fullmatch(pattern, name) for pattern in excluded)
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def muon_labels(params: nnx.State) -> nnx.State:

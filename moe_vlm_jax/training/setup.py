@@ -21,7 +21,7 @@ from moe_vlm_jax.hf import load as hf_load
 from moe_vlm_jax.models import adapters, upcycling, vlm
 from moe_vlm_jax.quant import state as quant
 from moe_vlm_jax.quant import tensor as quant_tensor
-from moe_vlm_jax.training import checkpoint, steps
+from moe_vlm_jax.training import checkpoint, coverage, steps
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import state as state_lib
 
@@ -120,8 +120,10 @@ def make_run(config: config_lib.RunConfig, workdir: str | pathlib.Path) -> tuple
     checkpoint.check_workdir(workdir, config)
     model = make_model(config)
     data = pipeline.make_train_data(config, process_index=jax.process_index(), process_count=jax.process_count())
+    optimizer_lib.check_groups(config.optimizer, list(tree.leaves(model.trainable)))
     num_steps = config.training.max_steps or data.total_steps(config.training.epochs)
     checkpoint.claim_workdir(workdir, config)  # only now: a workdir is not spent on a config that does not work
+    show_coverage(model, workdir)
     config = dataclasses.replace(config, model=model.config)
     trainable, frozen = initial_params(model, config)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, num_steps)
@@ -222,6 +224,15 @@ def initial_params(model: Model, config: config_lib.RunConfig) -> tuple[nnx.Stat
     shardings = (_shardings(model.trainable), _shardings(model.frozen))
     # The key is an argument, not a constant: one compiled program serves all seeds.
     return jax.jit(init, out_shardings=shardings)(jax.random.key(config.training.seed))
+
+
+def show_coverage(model: Model, workdir: str | pathlib.Path) -> None:
+    """Prints what is quantised, adapted, trained and frozen, and writes it to <workdir>/coverage.json."""
+    if jax.process_index() != 0:
+        return
+    found = coverage.rows(model.trainable, model.frozen)
+    logging.info("parameters:\n%s", coverage.text(found))
+    coverage.write(pathlib.Path(workdir) / "coverage.json", found)
 
 
 def quantized(params: nnx.State, config: config_lib.QuantConfig) -> nnx.State:
