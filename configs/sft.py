@@ -1,64 +1,46 @@
-"""Supervised fine-tuning. Without an argument: the tiny preset, from nothing, on the embedded synthetic infographics.
+"""Supervised fine-tuning with QLoRA: adapters beside a frozen 4-bit base.
 
-    configs/sft.py              tiny: about a million parameters, minutes on two CPU cores
-    configs/sft.py:phi2-4e      MoE-LLaVA's third stage on real checkpoints and data; also stablelm-4e, qwen-4e
-    configs/sft.py:phi2-4e-384  the same with SigLIP at 384 pixels; also stablelm-4e-384, qwen-4e-384
+    configs/sft.py                 the tiny base (configs/base.py, trained first) on the embedded synthetic infographics
+    configs/sft.py:phi2-4e         MoE-LLaVA checkpoints on InfographicVQA; also stablelm-4e, qwen-4e
+    configs/sft.py:phi2-4e-384     the same with SigLIP at 384 pixels; also stablelm-4e-384, qwen-4e-384
 
-The large ones need paths: --config.training.base, --config.data.path, --config.data.image_folder and
---config.data.tokenizer.
+The large ones need paths: --config.training.base, --config.data.path and --config.data.tokenizer. Which layers get
+adapters is --config.model.lora.targets, with the usual choices in models/adapters.py.
 """
 
 from moe_vlm_jax import config as config_lib
+from moe_vlm_jax.data import presets as data_presets
 from moe_vlm_jax.data.infographics import vocabulary
-from moe_vlm_jax.models import presets
+from moe_vlm_jax.models import adapters, presets
 from moe_vlm_jax.training import stages
-
-# Argument -> (language model, template).
-PAPER = {
-    "phi2-4e": (presets.phi2, "phi"),
-    "stablelm-4e": (presets.stablelm_2_1_6b, "stablelm"),
-    "qwen-4e": (presets.qwen_1_8b, "qwen"),
-}
 
 
 def get_config(argument: str = "tiny") -> config_lib.RunConfig:
     """Returns the config of an argument, see above."""
     if argument == "tiny":
         return _tiny()
-    name = argument.removesuffix("-384")
-    if name not in PAPER:
-        known = ["tiny", *PAPER, *(f"{known}-384" for known in PAPER)]
-        raise ValueError(f"configs/sft.py has no argument {argument!r}; use one of {', '.join(known)}.")
-    return _paper(name, siglip=argument.endswith("-384"))
+    if argument not in presets.MOE_LLAVA:
+        known = ", ".join(["tiny", *presets.MOE_LLAVA])
+        raise ValueError(f"configs/sft.py has no argument {argument!r}; use one of {known}.")
+    return _moe_llava(argument)
 
 
 def _tiny() -> config_lib.RunConfig:
+    model = presets.tiny(vocab_size=len(vocabulary.words()))
+    model.quant = config_lib.QuantConfig(kind="nf4")
+    model.lora = config_lib.LoraConfig(rank=16, alpha=32.0, targets=adapters.ALL_LINEAR)
     return config_lib.RunConfig(
-        model=presets.tiny(vocab_size=len(vocabulary.words())),
-        data=config_lib.DataConfig(
-            source="embedded",
-            difficulty="mini",
-            tokenizer="closed",
-            template="plain_qa",
-            max_text_tokens=64,
-            pack=True,
-            row_lengths=(128,),  # one image with all its questions (at most 126 tokens)
-            images_per_row=1,
-        ),
+        model=model,
+        data=data_presets.embedded_mini(),
         optimizer=config_lib.OptimizerConfig(
-            name="muon",
-            learning_rate=3e-3,
-            muon_learning_rate=3e-3,
-            warmup_ratio=0.03,
-            final_ratio=0.02,
-            b2=0.98,
-            weight_decay=0.01,
+            name="adamw", learning_rate=4e-3, warmup_ratio=0.03, final_ratio=0.02, b2=0.98
         ),
         training=config_lib.TrainingConfig(
-            **stages.EVERYTHING._asdict(),
+            **stages.LORA._asdict(),
+            base="configs/base.py",
             batch_size=16,
             accumulation=1,
-            max_steps=1500,
+            max_steps=500,
             log_every=20,
             checkpoint_every=1000,
             checkpoint_seconds=60.0,
@@ -69,39 +51,39 @@ def _tiny() -> config_lib.RunConfig:
     )
 
 
-def _paper(name: str, *, siglip: bool) -> config_lib.RunConfig:
-    """Stage 3 of the paper: AdamW 2e-5, no decay, cosine, one epoch, 128 samples a step, as scripts/v1 of MoE-LLaVA.
+def _moe_llava(name: str) -> config_lib.RunConfig:
+    """The project report's settings: rank 8 on q, k and v, NF4, 2e-5 cosine, 3 epochs, 4 rows x 2 a step.
 
-    A step holds packed rows instead of 128 padded samples: 32 rows of 2,048 slots are about as many real tokens.
+    A row is one image with up to 512 tokens of text: all its questions, which share the image's tokens.
     """
-    decoder, template = PAPER[name]
-    tower = presets.siglip_so400m_384() if siglip else presets.clip_l_336()
+    model, template = presets.moe_llava(name)
+    model.quant = config_lib.QuantConfig(kind="nf4", block=64, double=True)
+    model.lora = config_lib.LoraConfig(rank=8, alpha=16.0, dropout=0.05, targets=adapters.QKV)
     return config_lib.RunConfig(
-        model=presets.vlm(tower, decoder()),
+        model=model,
         data=config_lib.DataConfig(
-            source="llava",
-            path="llava_image_tune_.json,nlp_tune.json",
-            image_folder="images",
-            eval_split="",
+            source="infographicvqa",
+            path="infographicvqa",
             tokenizer="tokenizer",
             template=template,
+            answer_prompt="Answer the question using a single word or phrase.",
             image_aspect="pad",
-            max_text_tokens=2048 - tower.num_tokens,
+            max_text_tokens=512,
             on_bad_sample="drop",
-            row_lengths=(2048,),
-            images_per_row=3,
+            row_lengths=(model.vision.num_tokens + 512,),
+            images_per_row=1,
             num_workers=8,
         ),
         optimizer=config_lib.OptimizerConfig(
             name="adamw", learning_rate=2e-5, schedule="cosine", warmup_ratio=0.03, weight_decay=0.0, max_grad_norm=1.0
         ),
         training=config_lib.TrainingConfig(
-            **stages.FINETUNE_MOE._asdict(),
-            base="checkpoints/stage2",
-            batch_size=16,
+            **stages.LORA._asdict(),
+            base=f"checkpoints/moe-llava-{name}",
+            batch_size=4,
             accumulation=2,
-            epochs=1.0,
-            checkpoint_every=500,
+            epochs=3.0,
+            checkpoint_every=200,
         ),
-        generation=config_lib.GenerationConfig(max_new_tokens=128),
+        generation=config_lib.GenerationConfig(max_new_tokens=32),
     )

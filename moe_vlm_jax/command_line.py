@@ -11,6 +11,7 @@ import logging as std_logging
 import os
 import pathlib
 import re
+import runpy
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,23 @@ _OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<field>[^=]*)(=(?P<value>.*))?
 def define_config(default: str) -> flags.FlagHolder[config_lib.RunConfig]:
     """Defines --config and its overrides; `.value` is the validated RunConfig."""
     return config_flags.DEFINE_config_file("config", default, "FILE.py[:ARGUMENT] with get_config(ARGUMENT).")
+
+
+def load_config(name: str) -> config_lib.RunConfig:
+    """Returns the validated config of 'FILE.py' or 'FILE.py:ARGUMENT'.
+
+    Raises:
+      ValueError: the file does not exist or gives no RunConfig, or the config breaks a rule.
+    """
+    path, _, argument = name.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"config file {path!r} does not exist; give the path of a file like configs/base.py.")
+    get_config = runpy.run_path(path).get("get_config")
+    config = get_config(*filter(None, [argument])) if callable(get_config) else None
+    if not isinstance(config, config_lib.RunConfig):
+        raise ValueError(f"{path} must define get_config() that returns a RunConfig; see configs/base.py.")
+    validation.validate(config)
+    return config
 
 
 def config_name() -> str:

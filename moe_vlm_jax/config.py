@@ -215,7 +215,9 @@ class TrainingConfig:
 
     trainable: tuple[str, ...] = ("projector/.*", "decoder/.*")  # patterns over parameter paths
     frozen: tuple[str, ...] = ("vision/.*",)  # together they must name every parameter exactly once
-    base: str = ""  # folder of a checkpoint in HF layout; empty: random initial weights; dense bases are upcycled
+    # Folder of a checkpoint in HF layout (a dense one is upcycled); or a config file, whose run then comes first, in
+    # <workdir>/base; empty: random initial weights.
+    base: str = ""
     base_vision: str = ""  # folder of the vision tower; empty: base's own, or the one that it names
     base_projector: str = ""  # file or folder; empty: base's own; 'random' starts stage 1
     seed: int = 0

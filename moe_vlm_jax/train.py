@@ -7,18 +7,22 @@ checkpoints/, metrics.jsonl, tensorboard/, predictions.jsonl, results.json and r
 goes on where an interrupted one stopped.
 """
 
+import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Sequence
 
 import jax
 from absl import flags, logging
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from moe_vlm_jax import command_line
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.data import images, sources, tokenize
 from moe_vlm_jax.evaluation import blind, page, report, runner, scorers
+from moe_vlm_jax.hf import writers
 from moe_vlm_jax.training import loop, setup
 from moe_vlm_jax.training import state as state_lib
 
@@ -56,6 +60,9 @@ class Exam:
 
 def train(config: config_lib.RunConfig, workdir: pathlib.Path) -> None:
     """Runs the whole job, or what is left of it."""
+    if is_config_file(config.training.base):
+        base = train_base(config.training.base, workdir / "base")
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, base=str(base)))
     with command_line.user_errors():
         run, untrained = setup.make_run(config, workdir)
         exam = Exam(run) if config.data.eval_split else None
@@ -65,6 +72,33 @@ def train(config: config_lib.RunConfig, workdir: pathlib.Path) -> None:
     state = loop.fit(run, state, evaluate=exam.score if exam else None)
     if exam:
         _report(run, exam, state, before)
+
+
+def is_config_file(base: str) -> bool:
+    """Whether training.base names a config file, with or without an argument, and not a checkpoint."""
+    return base.partition(":")[0].endswith(".py")
+
+
+def train_base(name: str, workdir: pathlib.Path) -> pathlib.Path:
+    """Trains a run whose result is another run's base, or what is left of it; returns the folder of its checkpoint."""
+    target = workdir / "model"
+    if target.is_dir():
+        return target
+    with command_line.user_errors():
+        config = command_line.load_config(name)
+        logging.info("first the base: %s in %s", name, workdir)
+        run, state = setup.make_run(config, workdir)
+        state = setup.start(run, state)
+    state = loop.fit(run, state)
+    run.checkpoints.close()
+    if jax.process_index() == 0:
+        partial = target.with_name("model.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        params = nnx.merge_state(state.trainable, run.frozen)
+        writers.write(partial, params, run.config.model, layout="moe_llava")
+        partial.rename(target)
+    multihost_utils.sync_global_devices("the base is written")
+    return target
 
 
 def _report(run: setup.Run, exam: Exam, state: state_lib.TrainState, before: list[dict]) -> None:

@@ -139,7 +139,7 @@ def tiny(vocab_size: int) -> config_lib.ModelConfig:
 
     64 x 64 pixels in 4 patches, the cells of the charts' grid, so that no fact is split over two patches. Embeddings
     and positions start large: at 0.02 they drown beside the blocks' outputs, and nothing that depends on them is
-    learned in the time there is.
+    learned in the time there is. Tower and decoder are a small SigLIP and a small Mistral: HF's layout can hold them.
     """
     return config_lib.ModelConfig(
         vision=config_lib.VisionConfig(
@@ -162,7 +162,7 @@ def tiny(vocab_size: int) -> config_lib.ModelConfig:
         decoder=config_lib.DecoderConfig(
             vocab_size=vocab_size,
             embed_dim=128,
-            mlp_dim=256,
+            mlp_dim=192,
             num_layers=2,
             num_heads=4,
             num_kv_heads=4,
@@ -172,8 +172,8 @@ def tiny(vocab_size: int) -> config_lib.ModelConfig:
             norm="rmsnorm",
             norm_eps=1e-6,
             parallel_block=False,
-            gated_mlp=False,
-            activation="gelu_tanh",
+            gated_mlp=True,
+            activation="silu",
             qkv_bias=False,
             output_bias=False,
             mlp_bias=False,
@@ -184,3 +184,18 @@ def tiny(vocab_size: int) -> config_lib.ModelConfig:
         param_dtype="float32",
         remat="none",
     )
+
+
+# Names of the released models: -384 reads 384 pixels with SigLIP, the others 336 with CLIP.
+MOE_LLAVA = ("phi2-4e", "stablelm-4e", "qwen-4e", "phi2-4e-384", "stablelm-4e-384", "qwen-4e-384")
+
+
+def moe_llava(name: str) -> tuple[config_lib.ModelConfig, str]:
+    """Returns the model of one of MOE_LLAVA and the name of its conversation template."""
+    decoder, template = {
+        "phi2-4e": (phi2, "phi"),
+        "stablelm-4e": (stablelm_2_1_6b, "stablelm"),
+        "qwen-4e": (qwen_1_8b, "qwen"),
+    }[name.removesuffix("-384")]
+    tower = siglip_so400m_384() if name.endswith("-384") else clip_l_336()
+    return vlm(tower, decoder()), template

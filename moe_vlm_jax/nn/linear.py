@@ -1,6 +1,7 @@
 """Linear layers: one matrix, or one matrix per expert; float or quantised, alone or with a LoRA beside it."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,8 @@ class Linear(nnx.Module):
         """
         self.kernel = nnx.Param(_fan_in_normal(rngs.params(), (in_dim, out_dim), dtype))
         self.bias = nnx.Param(jnp.zeros((out_dim,), dtype)) if bias else None
-        self.lora_a = nnx.data(None)
-        self.lora_b = nnx.data(None)
+        self.lora_a: Any = nnx.data(None)  # set with `lora` by models/adapters.py
+        self.lora_b: Any = nnx.data(None)
         self.lora: lora_lib.Scaling | None = None
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None, wide: bool = False) -> jax.Array:
@@ -55,8 +56,8 @@ class ExpertLinear(nnx.Module):
         """As Linear, with a leading axis of num_experts on kernel and bias."""
         self.kernel = nnx.Param(_fan_in_normal(rngs.params(), (num_experts, in_dim, out_dim), dtype))
         self.bias = nnx.Param(jnp.zeros((num_experts, out_dim), dtype)) if bias else None
-        self.lora_a = nnx.data(None)
-        self.lora_b = nnx.data(None)
+        self.lora_a: Any = nnx.data(None)  # set with `lora` by models/adapters.py
+        self.lora_b: Any = nnx.data(None)
         self.lora: lora_lib.Scaling | None = None
 
     def __call__(self, rows: jax.Array, layout, *, key: jax.Array | None = None) -> jax.Array:

@@ -11,6 +11,8 @@ from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import tree
 from moe_vlm_jax.quant import tensor as tensor_lib
 
+is_quantized = tensor_lib.is_quantized
+
 
 def format_of(config: config_lib.QuantConfig) -> tensor_lib.Format:
     """Returns how the chosen kernels are stored."""
@@ -69,6 +71,15 @@ def quantize_state(state: nnx.State, paths: frozenset[str], spec: tensor_lib.For
             variable = variable.replace(value)
         pairs.append((path, variable))
     return nnx.from_flat_state(pairs)
+
+
+def quantize_chosen(params: nnx.State, config: config_lib.QuantConfig) -> nnx.State:
+    """Returns parameters, or ShapeDtypeStructs of them, with the kernels that the config names quantised.
+
+    Raises:
+      ValueError: see `chosen`.
+    """
+    return quantize_state(params, chosen(list(tree.leaves(params)), config), format_of(config))
 
 
 def dequantize_state(state: nnx.State, dtype: jax.typing.DTypeLike) -> nnx.State:

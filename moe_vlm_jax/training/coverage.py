@@ -17,6 +17,9 @@ from flax import nnx
 from moe_vlm_jax import tree
 from moe_vlm_jax.quant import tensor as quant
 
+HEAD = ("", "parameters", "quantised", "frozen", "trained", "adapters", "MiB", "stored as")
+_COUNTS = ("quantised", "frozen", "trained", "adapters", "frozen_adapters", "bytes")
+
 
 class Row(NamedTuple):
     """Counts of one group.
@@ -70,15 +73,14 @@ def rows(trainable: nnx.State, frozen: nnx.State) -> list[Row]:
 
 def text(found: list[Row]) -> str:
     """Returns the rows as a table for people."""
-    head = ("", "parameters", "quantised", "frozen", "trained", "adapters", "MiB", "stored as")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [HEAD]
     for row in found:
         adapters = f"{row.adapters:,}" + (f" (+{row.frozen_adapters:,} frozen)" if row.frozen_adapters else "")
         counts = (f"{n:,}" if n else "-" for n in (row.parameters, row.quantised, row.frozen, row.trained))
         shown = adapters if row.adapters or row.frozen_adapters else "-"
         lines.append((row.group, *counts, shown, f"{row.bytes / 2**20:,.1f}", row.stored))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    left = {0, len(head) - 1}
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
+    left = {0, len(HEAD) - 1}
     return "\n".join(
         "  ".join(
             cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
@@ -115,4 +117,5 @@ def _leaf(group: str, path: str, value: Any, *, trains: bool) -> Row:
 
 def _add(a: Row, b: Row) -> Row:
     stored = dict.fromkeys((*a.stored.split(), *b.stored.split()))
-    return Row(a.group, *(x + y for x, y in zip(a[1:-1], b[1:-1], strict=True)), " ".join(stored))
+    sums = {name: getattr(a, name) + getattr(b, name) for name in _COUNTS}
+    return a._replace(**sums, stored=" ".join(stored))

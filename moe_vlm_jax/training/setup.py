@@ -5,7 +5,6 @@ Everything that a user can get wrong is found here, before anything is compiled.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,12 +15,9 @@ from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import cost, sharding, tree, validation
 from moe_vlm_jax.data import pipeline, stream
-from moe_vlm_jax.hf import configs as hf_configs
-from moe_vlm_jax.hf import load as hf_load
-from moe_vlm_jax.models import adapters, upcycling, vlm
+from moe_vlm_jax.models import vlm
 from moe_vlm_jax.quant import state as quant
-from moe_vlm_jax.quant import tensor as quant_tensor
-from moe_vlm_jax.training import checkpoint, coverage, steps
+from moe_vlm_jax.training import base, checkpoint, coverage, steps
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import state as state_lib
 
@@ -129,7 +125,7 @@ def make_run(config: config_lib.RunConfig, workdir: str | pathlib.Path) -> tuple
     optimizer = optimizer_lib.make_optimizer(config.optimizer, num_steps)
 
     state, abstract_state = make_state(model, trainable, optimizer, config.training.seed)
-    base = config.training.base or f"the random initialisation of seed {config.training.seed}"
+    origin = config.training.base or f"the random initialisation of seed {config.training.seed}"
     run = Run(
         config=config,
         workdir=pathlib.Path(workdir),
@@ -144,11 +140,13 @@ def make_run(config: config_lib.RunConfig, workdir: str | pathlib.Path) -> tuple
             workdir,
             keep=config.training.keep_checkpoints,
             scored=config.evaluation.every_steps > 0,
-            base=base,
+            base=origin,
             fingerprint=checkpoint.fingerprint(frozen),
         ),
         abstract_state=abstract_state,
-        train_step=steps.make_train_step(model.graphdef, optimizer, config, out_shardings=_shardings(abstract_state)),
+        train_step=steps.make_train_step(
+            model.graphdef, optimizer, config, out_shardings=base.shardings(abstract_state)
+        ),
     )
     return run, state
 
@@ -169,7 +167,7 @@ def make_state(
         return state_lib.new_state(params, optimizer.transform, seed)
 
     shapes = jax.eval_shape(new_state, model.trainable)
-    shardings = state_lib.state_shardings(shapes, _shardings(model.trainable), model.mesh)
+    shardings = state_lib.state_shardings(shapes, base.shardings(model.trainable), model.mesh)
     state = jax.jit(new_state, donate_argnums=0, out_shardings=shardings)(trainable)
     return state, jax.tree.map(_with_sharding, shapes, shardings)
 
@@ -194,7 +192,7 @@ def make_model(config: config_lib.RunConfig) -> Model:
     model_config = resolve(config.model, mesh.devices.flat[0].platform)
     abstract = nnx.eval_shape(lambda: vlm.VLM(model_config, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(abstract)
-    params = quantized(params, model_config.quant)
+    params = quant.quantize_chosen(params, model_config.quant)
     placed = [
         jax.tree.map(_with_sharding, part, sharding.state_shardings(part, mesh)) for part in _parts(params, config)
     ]
@@ -215,13 +213,14 @@ def initial_params(model: Model, config: config_lib.RunConfig) -> tuple[nnx.Stat
     Random weights are those of training.seed, whatever the mesh.
     """
     if config.training.base:
-        return _base_params(model, config)
+        abstract = nnx.merge_state(model.trainable, model.frozen)
+        return _parts(base.load(abstract, model.config, config.training, model.mesh), config)
 
     def init(key: jax.Array) -> tuple[nnx.State, nnx.State]:
         params = nnx.state(vlm.VLM(model.config, rngs=nnx.Rngs(key)))
-        return _parts(quantized(params, model.config.quant), config)
+        return _parts(quant.quantize_chosen(params, model.config.quant), config)
 
-    shardings = (_shardings(model.trainable), _shardings(model.frozen))
+    shardings = (base.shardings(model.trainable), base.shardings(model.frozen))
     # The key is an argument, not a constant: one compiled program serves all seeds.
     return jax.jit(init, out_shardings=shardings)(jax.random.key(config.training.seed))
 
@@ -235,80 +234,10 @@ def show_coverage(model: Model, workdir: str | pathlib.Path) -> None:
     coverage.write(pathlib.Path(workdir) / "coverage.json", found)
 
 
-def quantized(params: nnx.State, config: config_lib.QuantConfig) -> nnx.State:
-    """Returns parameters, or ShapeDtypeStructs of them, with the kernels that the config names quantised.
-
-    Raises:
-      ValueError: see `quant.state.chosen`.
-    """
-    paths = quant.chosen(list(tree.leaves(params)), config)
-    return quant.quantize_state(params, paths, quant.format_of(config))
-
-
-def narrow(frozen: nnx.State, dtype: str) -> nnx.State:
-    """Returns frozen parameters in the dtype they are computed in: nothing accumulates in them.
-
-    Routers compute in float32 and stay so: rounded, they would send tokens to other experts. Quantised leaves stay.
-    """
-
-    def cast(path: jax.tree_util.KeyPath, x):
-        if quant_tensor.is_quantized(x) or "/router/" in optimizer_lib.leaf_path(path):
-            return x
-        return jax.ShapeDtypeStruct(x.shape, dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, frozen, is_leaf=quant_tensor.is_quantized)
-
-
 def to_devices(batch: batch_lib.Batch, mesh: jax.sharding.Mesh) -> batch_lib.Batch:
     """Returns this host's share of a batch as part of the global one, on the devices."""
     shardings = sharding.batch_shardings(batch, mesh, accumulated=True)
     return jax.tree.map(jax.make_array_from_process_local_data, shardings, batch)
-
-
-def _base_params(model: Model, config: config_lib.RunConfig) -> tuple[nnx.State, nnx.State]:
-    training = config.training
-    fresh_projector = training.base_projector == "random"
-    sources = {
-        "vision": training.base_vision or None,
-        "projector": None if fresh_projector else training.base_projector or None,
-        "random_projector_seed": training.seed if fresh_projector else None,
-    }
-    base = hf_configs.read(training.base, vision=sources["vision"]).config
-    if any(model.config.layer_experts) and not any(base.layer_experts):
-        logging.info("%s is dense: its MLPs become experts %s", training.base, model.config.layer_experts)
-        return _upcycled(model, config, dataclasses.replace(model.config, moe=base.moe), sources)
-    abstract, fresh = adapters.split(nnx.merge_state(model.trainable, model.frozen))
-    params = hf_load.load_into(abstract, training.base, model.config, **sources).state
-
-    def init(key: jax.Array) -> nnx.State:
-        return adapters.split(nnx.state(vlm.VLM(model.config, rngs=nnx.Rngs(key))))[1]
-
-    fresh = jax.jit(init, out_shardings=_shardings(fresh))(jax.random.key(training.seed))
-    return _parts(nnx.merge_state(params, fresh), config)
-
-
-def _upcycled(
-    model: Model, config: config_lib.RunConfig, dense: config_lib.ModelConfig, sources: Mapping[str, Any]
-) -> tuple[nnx.State, nnx.State]:
-    bare = dataclasses.replace(dense, lora=config_lib.LoraConfig())
-    abstract = nnx.state(nnx.eval_shape(lambda: vlm.VLM(bare, rngs=nnx.Rngs(0))))
-    experts = {"dense_experts": dense.layer_experts, "moe_experts": model.config.layer_experts}
-    # What ends up quantised everywhere is quantised while it is read; the rest after growing.
-    grown = quant.quantized_leaves(nnx.merge_state(model.trainable, model.frozen))
-    sources_of = upcycling.sources(nnx.merge_state(model.trainable, model.frozen), **experts)
-    wanted = {path for path in tree.leaves(abstract) if all(t in grown for t in sources_of[path]) and sources_of[path]}
-    abstract = quant.quantize_state(abstract, frozenset(wanted), quant.format_of(model.config.quant))
-    abstract = jax.tree.map(_with_sharding, abstract, sharding.state_shardings(abstract, model.mesh))
-    parent = hf_load.load_into(abstract, config.training.base, bare, **sources).state
-
-    def grow(parent: nnx.State, key: jax.Array) -> tuple[nnx.State, nnx.State]:
-        initial = nnx.state(vlm.VLM(model.config, rngs=nnx.Rngs(key)))
-        params = upcycling.upcycle(parent, initial, **experts)
-        return _parts(quantized(params, model.config.quant), config)
-
-    return jax.jit(grow, out_shardings=(_shardings(model.trainable), _shardings(model.frozen)))(
-        parent, jax.random.key(config.training.seed)
-    )
 
 
 def _parts(params: nnx.State, config: config_lib.RunConfig) -> tuple[nnx.State, nnx.State]:
@@ -321,15 +250,11 @@ def _parts(params: nnx.State, config: config_lib.RunConfig) -> tuple[nnx.State, 
             f"{len(trained)} quantised parameters would train ({trained[0]!r}, ...), but codes have no gradient; move "
             "them to training.frozen (stages.LORA trains adapters), or narrow model.quant.targets."
         )
-    return parts["training.trainable"], narrow(parts["training.frozen"], config.model.compute_dtype)
+    return parts["training.trainable"], base.narrow(parts["training.frozen"], config.model.compute_dtype)
 
 
 def _with_sharding(shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
-
-
-def _shardings(state: Any) -> Any:
-    return jax.tree.map(lambda x: x.sharding, state)
 
 
 def _shape(batch: batch_lib.Batch) -> tuple:

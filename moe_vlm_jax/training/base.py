@@ -1,0 +1,206 @@
+"""The parameters that a run starts from: a checkpoint in HF layout, its dense parent, or a base quantised before.
+
+HF layout        read tensor by tensor; kernels that the config quantises are quantised as they are read
+dense parent     the same, then its MLPs are copied into experts
+quantised base   a folder of `save`: what the devices hold, restored as it is, on any mesh
+
+<folder>/base.json     the model's config, where it came from, the fingerprint of its bits
+<folder>/params/       parameters, quantised ones as their codes and scales (Orbax)
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import nnx
+
+from moe_vlm_jax import config as config_lib
+from moe_vlm_jax import sharding, validation
+from moe_vlm_jax.hf import configs as hf_configs
+from moe_vlm_jax.hf import load as hf_load
+from moe_vlm_jax.models import adapters, upcycling, vlm
+from moe_vlm_jax.quant import state as quant
+from moe_vlm_jax.training import checkpoint
+
+_FILE = "base.json"
+# Fields of a ModelConfig that decide which parameters exist and what they are; the others decide how they are used.
+_IDENTITY = re.compile(r"(vision|decoder|quant)\..*|projector|moe\.(placement|layers|num_experts|use_residual)")
+_NOT_IDENTITY = re.compile(r".*(_init_std|_dropout|\.max_positions)")
+
+
+def load(
+    abstract: nnx.State, config: config_lib.ModelConfig, training: config_lib.TrainingConfig, mesh: jax.sharding.Mesh
+) -> nnx.State:
+    """Returns the parameters that `training` names, on the devices and in the form of `abstract`; adapters are new.
+
+    Args:
+      abstract: all parameters of the model, jax.ShapeDtypeStructs with shardings in the place of arrays.
+      config: of the model.
+      training: base, base_vision, base_projector and seed.
+      mesh: of the shardings.
+
+    Raises:
+      ValueError: the checkpoint is unreadable or does not fit the model.
+    """
+    bare, fresh = adapters.split(abstract)
+    params = _restore(bare, config, training) if is_saved(training.base) else _from_hf(bare, config, training, mesh)
+
+    def init(key: jax.Array) -> nnx.State:
+        return adapters.split(nnx.state(vlm.VLM(config, rngs=nnx.Rngs(key))))[1]
+
+    fresh = jax.jit(init, out_shardings=shardings(fresh))(jax.random.key(training.seed))
+    return nnx.merge_state(params, fresh)
+
+
+def is_saved(folder: str) -> bool:
+    """Whether a folder holds a base that `save` wrote."""
+    return (pathlib.Path(folder) / _FILE).is_file()
+
+
+def save(folder: str | pathlib.Path, params: nnx.State, config: config_lib.ModelConfig, *, source: str) -> None:
+    """Writes parameters, without adapters, so that `load` restores them as they are.
+
+    Args:
+      folder: must not exist.
+      params: on the devices; adapters are left out.
+      config: of the model.
+      source: where the parameters came from, for the record.
+    """
+    folder = pathlib.Path(folder).absolute()
+    if folder.exists():
+        raise ValueError(f"{folder} already exists; give a folder that does not.")
+    bare, _ = adapters.split(params)
+    partial = folder.with_name(folder.name + ".partial")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial / "params", bare, force=True)
+    record = {"model": _identity(config), "source": source, "fingerprint": checkpoint.fingerprint(bare)}
+    if jax.process_index() == 0:
+        (partial / _FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        partial.rename(folder)
+
+
+def quantise(
+    source: str | pathlib.Path,
+    folder: str | pathlib.Path,
+    settings: config_lib.QuantConfig,
+    *,
+    vision: str | None = None,
+    compute_dtype: str = "bfloat16",
+) -> config_lib.ModelConfig:
+    """Quantises a checkpoint in HF layout into a folder for training.base; returns the model's config.
+
+    Args:
+      source: folder of the checkpoint.
+      folder: to write; must not exist.
+      settings: which kernels, and how.
+      vision: folder of the vision tower, if not the checkpoint's own.
+      compute_dtype: of the parameters that stay float.
+    """
+    config = hf_configs.read(source, vision=vision).config
+    config = dataclasses.replace(config, quant=settings, compute_dtype=compute_dtype)
+    abstract = nnx.state(nnx.eval_shape(lambda: vlm.VLM(config, rngs=nnx.Rngs(0))))
+    abstract = narrow(quant.quantize_chosen(abstract, settings), compute_dtype)
+    params = hf_load.load_into(abstract, source, config, vision=vision).state
+    save(folder, params, config, source=str(source))
+    return config
+
+
+def narrow(params: nnx.State, dtype: str) -> nnx.State:
+    """Returns frozen parameters in the dtype they are computed in: nothing accumulates in them.
+
+    Routers compute in float32 and stay so: rounded, they would send tokens to other experts. Quantised leaves stay.
+    """
+
+    def cast(variable: nnx.Variable, path: str) -> nnx.Variable:
+        value = variable.get_value()
+        if quant.is_quantized(value) or "/router/" in path:
+            return variable
+        abstract = isinstance(value, jax.ShapeDtypeStruct)
+        return variable.replace(jax.ShapeDtypeStruct(value.shape, dtype) if abstract else value.astype(dtype))
+
+    pairs = [(path, cast(variable, "/".join(map(str, path)))) for path, variable in nnx.to_flat_state(params)]
+    return nnx.from_flat_state(pairs)
+
+
+def shardings(state: Any) -> Any:
+    """Returns the sharding of every array, or of every ShapeDtypeStruct that has one."""
+    return jax.tree.map(lambda x: x.sharding, state)
+
+
+def _from_hf(bare: nnx.State, config, training: config_lib.TrainingConfig, mesh) -> nnx.State:
+    fresh_projector = training.base_projector == "random"
+    sources = {
+        "vision": training.base_vision or None,
+        "projector": None if fresh_projector else training.base_projector or None,
+        "random_projector_seed": training.seed if fresh_projector else None,
+    }
+    held = hf_configs.read(training.base, vision=sources["vision"]).config
+    if not any(config.layer_experts) or any(held.layer_experts):
+        return hf_load.load_into(bare, training.base, config, **sources).state
+    logging.info("%s is dense: its MLPs become experts %s", training.base, config.layer_experts)
+    parent_config = dataclasses.replace(config, moe=held.moe, lora=config_lib.LoraConfig())
+    layers = {"dense_experts": parent_config.layer_experts, "moe_experts": config.layer_experts}
+    parent = hf_load.load_into(
+        _abstract_parent(bare, parent_config, layers, mesh), training.base, parent_config, **sources
+    )
+
+    def grow(parent: nnx.State, key: jax.Array) -> nnx.State:
+        initial = adapters.split(nnx.state(vlm.VLM(config, rngs=nnx.Rngs(key))))[0]
+        return _as(quant.quantize_chosen(upcycling.upcycle(parent, initial, **layers), config.quant), bare)
+
+    return jax.jit(grow, out_shardings=shardings(bare))(parent.state, jax.random.key(training.seed))
+
+
+def _abstract_parent(bare: nnx.State, config, layers, mesh) -> nnx.State:
+    """Returns the dense parent's parameters: quantised where every copy of a leaf will be, so that no float model is
+    ever in memory; what is also needed in float is quantised after growing."""
+    params = nnx.state(nnx.eval_shape(lambda: vlm.VLM(config, rngs=nnx.Rngs(0))))
+    quantised = quant.quantized_leaves(bare)
+    copies = upcycling.sources(bare, **layers)
+    early = frozenset(path for path, targets in copies.items() if all(target in quantised for target in targets))
+    params = quant.quantize_state(params, early, quant.format_of(config.quant))
+    return jax.tree.map(
+        lambda spec, place: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=place),
+        params,
+        sharding.state_shardings(params, mesh),
+    )
+
+
+def _as(params: nnx.State, like: nnx.State) -> nnx.State:
+    """Returns the parameters in the dtypes of `like`."""
+    return jax.tree.map(lambda x, spec: x.astype(spec.dtype), params, like)
+
+
+def _restore(bare: nnx.State, config: config_lib.ModelConfig, training: config_lib.TrainingConfig) -> nnx.State:
+    folder = pathlib.Path(training.base).absolute()
+    record = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+    mine, theirs = _identity(config), record["model"]
+    wrong = [
+        f"  model.{name}: {theirs.get(name)!r} there, {mine.get(name)!r} here"
+        for name in sorted({*mine, *theirs})
+        if mine.get(name) != theirs.get(name)
+    ]
+    if wrong:
+        raise ValueError(
+            f"the base {training.base!r} holds another model; set these fields as there, or make it anew from "
+            f"{record['source']!r}:\n" + "\n".join(wrong)
+        )
+    for name in ("base_vision", "base_projector"):
+        if getattr(training, name):
+            raise ValueError(
+                f"training.{name}={getattr(training, name)!r} has no effect with a saved base; leave it empty."
+            )
+    with ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore(folder / "params", bare)
+    return params
+
+
+def _identity(config: config_lib.ModelConfig) -> dict[str, Any]:
+    fields = validation.flatten(config)
+    kept = {k: v for k, v in fields.items() if _IDENTITY.fullmatch(k) and not _NOT_IDENTITY.fullmatch(k)}
+    return json.loads(json.dumps(kept))
