@@ -15,8 +15,9 @@ from flax import nnx
 
 from benchmarks import pairing, workload
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import tree
+from moe_vlm_jax import cost, tree
 from moe_vlm_jax.models import vlm
+from moe_vlm_jax.quant import state as quant
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import state as state_lib
 from moe_vlm_jax.training import steps
@@ -46,6 +47,7 @@ def main() -> None:
     params = nnx.from_flat_state(
         [(path, v.replace(jnp.asarray(weights["/".join(map(str, path))]))) for path, v in nnx.to_flat_state(abstract)]
     )
+    params = quant.quantize_chosen(params, config.model.quant)
     parts = tree.partition(params, {"trainable": config.training.trainable, "frozen": config.training.frozen})
     optimizer = optimizer_lib.make_optimizer(config.optimizer, num_steps=1000)
     state = state_lib.new_state(parts["trainable"], optimizer.transform, seed=0)
@@ -55,6 +57,9 @@ def main() -> None:
     lowered = steps.make_train_step(graphdef, optimizer, config).lower(state, parts["frozen"], batch)
     train_step = lowered.compile()
     ready = {"compile_wall": time.perf_counter() - wall, "compile_cpu": time.process_time() - cpu}
+    memory = train_step.memory_analysis()
+    ready |= {"argument_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes}
+    ready |= {"flops": cost.program_cost(train_step.as_text()).flops}
     del weights, params, abstract
 
     def step() -> float:

@@ -128,7 +128,7 @@ def input_stall_share() -> float:
         }
         subprocess.run(
             [
-                *(sys.executable, "-m", "moe_vlm_jax.train", "--config", "configs/sft.py", "--workdir", str(workdir)),
+                *(sys.executable, "-m", "moe_vlm_jax.train", "--config", "configs/base.py", "--workdir", str(workdir)),
                 *(f"--config.{name}={value}" for name, value in overrides.items()),
             ],
             check=True,

@@ -14,12 +14,12 @@ from flax import nnx
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import tree
-from moe_vlm_jax.models import vlm
+from moe_vlm_jax.models import adapters, vlm
 from moe_vlm_jax.training import stages
 
 IMAGE_TOKENS = 64
 ROW_LENGTH = 256
-STAGES = {"full": stages.FINETUNE, "experts": stages.FINETUNE_MOE}
+STAGES = {"full": stages.FINETUNE, "experts": stages.FINETUNE_MOE, "lora": stages.LORA}
 
 
 def run_config(*, embed_dim: int, stage: str, num_rows: int) -> config_lib.RunConfig:
@@ -43,6 +43,8 @@ def run_config(*, embed_dim: int, stage: str, num_rows: int) -> config_lib.RunCo
         remat="none",
         scan_unroll=8,  # all repeats: what config.py advises for a CPU
     )
+    if stage == "lora":
+        model.lora = config_lib.LoraConfig(rank=8, targets=adapters.ALL_LINEAR)
     # No warm-up: a first step of rate 0 would leave an update out.
     optimizer = config_lib.OptimizerConfig(learning_rate=2e-5, schedule="constant", warmup_ratio=0.0)
     training = config_lib.TrainingConfig(

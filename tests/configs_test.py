@@ -10,13 +10,17 @@ from flax import nnx
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import sharding, tree, validation
 from moe_vlm_jax.models import presets, vlm
+from moe_vlm_jax.quant import state as quant
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
-SFT = ["tiny", "phi2-4e", "stablelm-4e", "qwen-4e", "phi2-4e-384", "stablelm-4e-384", "qwen-4e-384"]
+LARGE = ["phi2-4e", "stablelm-4e", "qwen-4e", "phi2-4e-384", "stablelm-4e-384", "qwen-4e-384"]
+ALL = [("base", "tiny"), ("sft", "tiny"), *(("sft", name) for name in LARGE), *(("stage3", name) for name in LARGE)]
 
 # Parameters in billions: all, and those that train in the third stage. E.g. Phi-2 and CLIP have 2.78 + 0.30, and 16
 # layers gain three more experts of 2 * 2560 * 10240 + 2560 + 10240 each: 2.52.
 SIZES = {"phi2-4e": (5.61, 4.20), "stablelm-4e": (3.20, 2.08), "qwen-4e": (3.36, 2.04)}
+# Adapters of rank 8 on q, k and v: layers * 3 * 8 * (width in + width out).
+ADAPTERS = {"phi2-4e": 32 * 3 * 8 * 5120, "stablelm-4e": 24 * 3 * 8 * 4096, "qwen-4e": 24 * 3 * 8 * 4096}
 
 
 def _load(name: str):
@@ -27,12 +31,12 @@ def _load(name: str):
 
 
 def test_every_file_of_the_folder_is_tested_here():
-    assert sorted(path.stem for path in FOLDER.glob("*.py")) == ["sft"]
+    assert sorted(path.stem for path in FOLDER.glob("*.py")) == ["base", "sft", "stage3"]
 
 
-@pytest.mark.parametrize("argument", SFT)
-def test_a_config_is_valid_and_names_every_parameter_of_its_model(argument):
-    config = _load("sft").get_config(argument)
+@pytest.mark.parametrize(("name", "argument"), ALL)
+def test_a_config_is_valid_and_names_every_parameter_of_its_model(name, argument):
+    config = _load(name).get_config(argument)
     validation.validate(config)
     model = nnx.eval_shape(lambda: vlm.VLM(config.model, rngs=nnx.Rngs(0)))
     params = nnx.state(model)
@@ -43,25 +47,44 @@ def test_a_config_is_valid_and_names_every_parameter_of_its_model(argument):
     groups = {"trainable": config.training.trainable, "frozen": config.training.frozen}
     parts = tree.partition(params, groups)
     sharding.state_shardings(params, sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1]))
-    if argument in SIZES:
-        sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree_)) / 1e9 for tree_ in (params, parts["trainable"])]
-        assert [round(size, 2) for size in sizes] == list(SIZES[argument])
+    total, trained = (sum(leaf.size for leaf in jax.tree.leaves(tree_)) for tree_ in (params, parts["trainable"]))
     if argument == "tiny":
-        assert 0.5e6 < sum(leaf.size for leaf in jax.tree.leaves(params)) < 3e6
+        assert 0.5e6 < total < 3e6
+    elif name == "stage3" and argument in SIZES:
+        assert (round(total / 1e9, 2), round(trained / 1e9, 2)) == SIZES[argument]
+    elif name == "sft":
+        assert trained == ADAPTERS[argument.removesuffix("-384")]
+        quantised = quant.chosen(list(tree.leaves(params)), config.model.quant)
+        assert any("/experts/" in path for path in quantised)
+        assert all(path.startswith("decoder/groups/") for path in quantised)
 
 
-def test_without_an_argument_it_is_tiny():
-    assert _load("sft").get_config() == _load("sft").get_config("tiny")
+@pytest.mark.parametrize("name", ["base", "sft"])
+def test_without_an_argument_it_is_tiny(name):
+    assert _load(name).get_config() == _load(name).get_config("tiny")
 
 
-def test_an_unknown_argument_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"no argument 'phi3'; use one of tiny, phi2-4e, .*, qwen-4e-384\."):
-        _load("sft").get_config("phi3")
+@pytest.mark.parametrize(("name", "known"), [("sft", "tiny, phi2-4e, .*"), ("stage3", "phi2-4e, .*"), ("base", "tiny")])
+def test_an_unknown_argument_lists_the_known_ones(name, known):
+    with pytest.raises(ValueError, match=rf"no argument 'phi3'; use (one of )?{known}"):
+        _load(name).get_config("phi3")
 
 
-@pytest.mark.parametrize("argument", SFT[1:])
-def test_the_large_ones_hold_the_settings_of_the_paper(argument):
+@pytest.mark.parametrize("argument", LARGE)
+def test_fine_tuning_holds_the_settings_of_the_project_report(argument):
     config = _load("sft").get_config(argument)
+    lora, quant_config, optimizer, training = config.model.lora, config.model.quant, config.optimizer, config.training
+    assert (lora.rank, lora.alpha, lora.dropout, lora.rslora) == (8, 16.0, 0.05, False)
+    assert (quant_config.kind, quant_config.block, quant_config.double) == ("nf4", 64, True)
+    assert (optimizer.name, optimizer.learning_rate, optimizer.schedule) == ("adamw", 2e-5, "cosine")
+    assert (training.epochs, training.batch_size, training.accumulation) == (3.0, 4, 2)
+    assert (config.data.source, config.data.max_text_tokens) == ("infographicvqa", 512)
+    assert config.data.row_lengths == (config.model.vision.num_tokens + 512,)
+
+
+@pytest.mark.parametrize("argument", LARGE)
+def test_the_third_stage_holds_the_settings_of_the_paper(argument):
+    config = _load("stage3").get_config(argument)
     optimizer, moe = config.optimizer, config.model.moe
     assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == ("adamw", 2e-5, 0.0)
     assert (optimizer.schedule, optimizer.warmup_ratio, optimizer.max_grad_norm) == ("cosine", 0.03, 1.0)
