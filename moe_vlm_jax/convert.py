@@ -1,9 +1,10 @@
 """Converts checkpoints: any supported source to MoE-LLaVA's layout, or to a plain language model or tower.
 
     python -m moe_vlm_jax.convert --source FOLDER --target FOLDER [--vision FOLDER] [--dtype bfloat16] [--check]
+    python -m moe_vlm_jax.convert --source FOLDER --target FOLDER --to quantised --kind nf4
 
 The layout that the reference and transformers read is also the one that this project exchanges: safetensors and
-config.json. `convert` is the same as a call.
+config.json. `convert` is the same as a call. 'quantised' writes a base for training.base instead (training/base.py).
 """
 
 import argparse
@@ -11,14 +12,17 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
+from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.hf import configs, load, plans, readers, writers
 from moe_vlm_jax.models import vlm
+from moe_vlm_jax.quant import tensor
+from moe_vlm_jax.training import base
 
 LAYOUTS = ("moe_llava", "lm", "vision", "llava")
 DTYPES = ("source", "float32", "bfloat16", "float16")
@@ -158,12 +162,43 @@ def table(conversion: Conversion) -> str:
     return "\n".join(lines)
 
 
+_QUANTISATION = {"kind": None, "block": None, "single": False}
+
+
+def _without_quantisation(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options of `convert`, which has none about quantisation."""
+    given = [name for name, default in _QUANTISATION.items() if options[name] != default]
+    if given:
+        raise ValueError(f"--{given[0]} has no effect with --to {options['to']}; leave it out, or use --to quantised.")
+    return {name: value for name, value in options.items() if name not in _QUANTISATION}
+
+
+def _quantise(options: dict[str, Any], parser: argparse.ArgumentParser) -> str:
+    """Quantises a checkpoint into a base; returns what was done, as text."""
+    taken = {"to", "source", "target", "vision", "dtype", *_QUANTISATION}
+    given = [name for name in options if name not in taken and options[name] != parser.get_default(name)]
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')} has no effect with --to quantised; leave it out.")
+    settings = config_lib.QuantConfig(
+        kind=options["kind"] or "nf4",
+        block=64 if options["block"] is None else options["block"],
+        double=not options["single"],
+    )
+    dtype = "bfloat16" if options["dtype"] == "source" else options["dtype"]
+    config = base.quantise(
+        options["source"], options["target"], settings, vision=options["vision"], compute_dtype=dtype
+    )
+    size = sum(path.stat().st_size for path in pathlib.Path(options["target"]).rglob("*") if path.is_file())
+    return f"wrote {options['target']}: {config.quant.kind}, the rest {dtype}, {size / 2**20:,.1f} MiB on disk"
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m moe_vlm_jax.convert", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--source", required=True, help="folder of a checkpoint")
     parser.add_argument("--target", required=True, help="folder to write")
-    parser.add_argument("--to", choices=LAYOUTS, default="moe_llava", help="layout to write (default: %(default)s)")
+    layouts = (*LAYOUTS, "quantised")
+    parser.add_argument("--to", choices=layouts, default="moe_llava", help="layout to write (default: %(default)s)")
     parser.add_argument("--vision", help="folder of the vision tower, if not the source's own")
     parser.add_argument("--projector", help="mm_projector.bin or a safetensors file, if not the source's own")
     parser.add_argument("--random-projector-seed", type=int, help="allow an untrained projector, with this seed")
@@ -173,8 +208,16 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--max-shard-bytes", type=int, default=writers.MAX_SHARD_BYTES)
     parser.add_argument("--check", action="store_true", help="load the target again and compare")
+    quantised = parser.add_argument_group("with --to quantised only")
+    quantised.add_argument("--kind", choices=tensor.KINDS, help="how kernels are stored (default: nf4)")
+    quantised.add_argument("--block", type=int, help="inputs that share a scale; 0: per channel (default: 64)")
+    quantised.add_argument("--single", action="store_true", help="keep scales in float32")
+    options = vars(parser.parse_args(argv))
     try:
-        conversion = convert(**vars(parser.parse_args(argv)))
+        if options["to"] == "quantised":
+            print(_quantise(options, parser))
+            return 0
+        conversion = convert(**_without_quantisation(options))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import sharding, tree
-from moe_vlm_jax.models import vlm
-from moe_vlm_jax.training import checkpoint, setup, steps
+from moe_vlm_jax.models import adapters, vlm
+from moe_vlm_jax.training import checkpoint, setup, stages, steps
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from tests.training import examples
 
@@ -44,6 +44,9 @@ def test_every_parameter_of_every_kind_of_model_has_a_rule(variant):
             ),
             decoder=decoder,
             moe=config_lib.MoEConfig(**VARIANTS[variant]),
+            lora=config_lib.LoraConfig(
+                rank=2, targets=(r"(decoder|projector)/.*(q|k|v|o|up|gate|down|\d|lm_head)", r"vision/.*")
+            ),
         )
         for path, variable in tree.leaves(_abstract(config)).items():
             spec = sharding.spec_for(path, len(variable.shape))
@@ -68,13 +71,22 @@ def test_a_mesh_that_does_not_fit_the_devices_is_an_error():
         sharding.make_mesh(config_lib.MeshConfig(fsdp=2, expert=3), jax.devices()[:1])
 
 
-def two_steps(mesh: dict[str, int], folder: str) -> tuple[list[float], list[int]]:
+def two_steps(mesh: dict[str, int], folder: str, adapted: bool) -> tuple[list[float], list[int]]:
     """Returns losses and gradient norms of two steps on a mesh, and the shape of one device's experts.
 
     In between, the state goes into a checkpoint without a mesh, and comes out of it with one.
+
+    Args:
+      mesh: devices by axis.
+      folder: of the checkpoint.
+      adapted: whether the base is quantised and only adapters train; the shape is then that of the codes.
     """
     config = dataclasses.replace(examples.run_config(batch_size=4, loss_chunk=0), mesh=config_lib.MeshConfig(**mesh))
     config.model.decoder.num_layers, config.model.moe.placement = 1, "dense"
+    if adapted:
+        config.training.trainable, config.training.frozen = stages.LORA
+        config.model.quant = config_lib.QuantConfig(kind="nf4", block=8)
+        config.model.lora = config_lib.LoraConfig(rank=3, targets=adapters.ALL_LINEAR)
     model = setup.make_model(config)
     trainable, frozen = setup.initial_params(model, config)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 10)
@@ -93,16 +105,18 @@ def two_steps(mesh: dict[str, int], folder: str) -> tuple[list[float], list[int]
             checkpoints.close()
         state, metrics = train_step(state, frozen, setup.to_devices(batch, model.mesh))
         figures += [float(metrics["train/loss"]), float(metrics["train/grad_norm"])]
-    experts = state.trainable["decoder"]["groups"][0]["blocks"][0]["moe"]["experts"]
-    return figures, list(experts["up"]["kernel"][...].addressable_shards[0].data.shape)
+    holder = frozen if adapted else state.trainable
+    kernel = holder["decoder"]["groups"][0]["blocks"][0]["moe"]["experts"]["up"]["kernel"].get_value()
+    return figures, list((kernel.codes if adapted else kernel).addressable_shards[0].data.shape)
 
 
 @pytest.mark.slow
-def test_eight_devices_compute_what_one_computes_and_take_over_its_checkpoint(tmp_path):
-    figures, whole = two_steps({}, str(tmp_path))
+@pytest.mark.parametrize("adapted", [False, True])
+def test_eight_devices_compute_what_one_computes_and_take_over_its_checkpoint(adapted, tmp_path):
+    figures, whole = two_steps({}, str(tmp_path), adapted)
     mesh = {"fsdp": 2, "expert": 2, "tensor": 2}
     # The number of fake devices is fixed when JAX starts, so they need a process of their own.
-    call = f"sharding_test.two_steps({mesh}, {str(tmp_path)!r})"
+    call = f"sharding_test.two_steps({mesh}, {str(tmp_path)!r}, {adapted})"
     script = f"import json; from tests import sharding_test; print(json.dumps({call}))"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     root = pathlib.Path(__file__).parents[1]
@@ -111,4 +125,5 @@ def test_eight_devices_compute_what_one_computes_and_take_over_its_checkpoint(tm
     spread, part = json.loads(done.stdout.splitlines()[-1])
     # Sums over rows in another order; measured 1e-6.
     assert spread == pytest.approx(figures, rel=1e-5)
-    assert (whole, part) == ([1, 4, 16, 24], [1, 2, 8, 12])
+    # Codes hold two inputs a byte.
+    assert (whole, part) == (([1, 4, 8, 24], [1, 2, 4, 12]) if adapted else ([1, 4, 16, 24], [1, 2, 8, 12]))

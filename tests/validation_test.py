@@ -107,6 +107,24 @@ MISTAKES = {
     "top p": ({"generation__top_p": 0.5}, "top_p=0.5 has no effect with generation.temperature=0 (greedy)"),
     "no evaluation": ({"data__eval_split": "", "evaluation__every_steps": 5}, "evaluation.every_steps=5 has no effect"),
     "base parts": ({"training__base_vision": "x"}, "base_vision='x' has no effect without training.base"),
+    "quant alone": ({"model__quant__block": 32}, "model.quant.block=32 has no effect with model.quant.kind='none'"),
+    "odd block": (
+        {"model__quant__kind": "nf4", "model__quant__block": 7},
+        "model.quant.block=7 must be even for 'nf4': two codes share a byte; use 64.",
+    ),
+    "quant of nothing": (
+        {"model__quant__kind": "int8", "model__quant__targets": ()},
+        "model.quant.kind='int8' quantises nothing with model.quant.targets=(); name a pattern.",
+    ),
+    "lora alone": ({"model__lora__dropout": 0.1}, "model.lora.dropout=0.1 has no effect with model.lora.rank=0"),
+    "lora of nothing": (
+        {"model__lora__rank": 4, "model__lora__targets": ()},
+        "model.lora.rank=4 adapts nothing with model.lora.targets=(); name a pattern, or set rank=0.",
+    ),
+    "pattern": (
+        {"training__trainable": ("decoder/(.*",)},
+        "training.trainable has 'decoder/(.*', which is no regular expression (",
+    ),
     "rows of devices": ({"mesh__fsdp": 3}, "batch_size=4 is not divisible by the 3 devices of the mesh axes"),
 }
 
@@ -161,7 +179,8 @@ def test_every_number_has_a_range_and_every_word_a_choice_or_a_meaning():
         "model.vision.select_layer",  # checked against the number of layers
         "model.projector",
         *("data.path", "data.image_folder", "data.cache", "data.split", "data.eval_split", "data.tokenizer"),
-        *("data.answer_prompt", "training.trainable", "training.frozen"),
+        *("data.answer_prompt", "training.trainable", "training.frozen", "model.quant.targets", "model.lora.targets"),
+        *("optimizer.rates", "optimizer.no_decay"),
         *("training.base", "training.base_vision", "training.base_projector"),
     }
     ranges = {

@@ -135,3 +135,56 @@ def test_an_unknown_optimizer_is_an_error():
 @functools.partial(jax.jit, static_argnums=0)
 def _first_updates(transform, gradients, params):
     return transform.update(gradients, transform.init(params), params)[0]
+
+
+ADAPTERS = {
+    "decoder/groups/0/blocks/0/attention/q/lora_a": (3, 6, 2),
+    "decoder/groups/0/blocks/0/attention/q/lora_b": (3, 2, 4),
+    "decoder/groups/0/blocks/0/moe/router/kernel": (3, 6, 2),
+}
+
+
+def _tree(shapes: dict[str, tuple[int, ...]], fill: float) -> nnx.State:
+    pairs = [(tuple(name.split("/")), nnx.Param(jnp.full(shape, fill))) for name, shape in shapes.items()]
+    return nnx.from_flat_state(pairs)
+
+
+def _one_update(config: config_lib.OptimizerConfig) -> dict[str, float]:
+    """Returns the change of each parameter, all 2.0 with gradient 1.0, in the first step."""
+    transform = optimizer_lib.make_optimizer(config, 10).transform
+    params = _tree(ADAPTERS, 2.0)
+    updates, _ = transform.update(_tree(ADAPTERS, 1.0), transform.init(params), params)
+    return {name.rsplit("/", 1)[-1]: float(v[...].reshape(-1)[0]) for name, v in tree.leaves(updates).items()}
+
+
+def test_groups_of_parameters_have_their_own_rate_and_decay():
+    usual = _one_update(_config(warmup_ratio=0.0))
+    # Adam's first step is the rate against the gradient's sign; decay adds rate * 0.1 * 2.
+    assert usual == pytest.approx(dict.fromkeys(("lora_a", "lora_b", "kernel"), -0.05 * (1 + 0.2)), rel=1e-3)
+    rates = (".*/lora_b=16", ".*/router/kernel=0")
+    changed = _one_update(_config(warmup_ratio=0.0, rates=rates, no_decay=(".*/lora_a",)))
+    assert changed["lora_b"] == pytest.approx(16 * usual["lora_b"])
+    assert changed["kernel"] == 0.0
+    assert changed["lora_a"] == pytest.approx(-0.05, rel=1e-3)
+
+
+def test_the_first_moment_can_be_narrow_and_the_second_never_is():
+    state = optimizer_lib.make_optimizer(_config(moments_dtype="bfloat16"), 10).transform.init(_tree(ADAPTERS, 1.0))
+    found = state[1][0]
+    assert {x.dtype for x in jax.tree.leaves(found.mu)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(found.nu)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rates": (".*/lora_c=2",)}, r"optimizer.rates pattern '\.\*/lora_c' names no trainable parameter"),
+        ({"no_decay": ("x",)}, "optimizer.no_decay pattern 'x' names no trainable parameter"),
+        ({"rates": (".*/lora_b",)}, "entry '.*/lora_b' must be PATTERN=FACTOR with a factor of at least 0"),
+        ({"rates": (".*/lora_b=-1",)}, "entry '.*/lora_b=-1' must be PATTERN=FACTOR"),
+        ({"rates": (".*/lora_b=2", ".*/lora_.=3")}, r"patterns .* both name '.*/lora_b'; make them disjoint"),
+    ],
+)
+def test_wrong_groups_are_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        optimizer_lib.check_groups(_config(**settings), list(ADAPTERS))
