@@ -113,10 +113,7 @@ def quantize(kernel: jax.Array, spec: Format) -> QuantizedTensor:
 
 def dequantize(tensor: QuantizedTensor, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Returns dtype[*L, in, out]; codes and scales are multiplied in float32 and rounded once."""
-    scale = tensor.scales
-    if isinstance(scale, scales_lib.QuantizedScales):
-        scale = scales_lib.dequantize_scales(scale)
-    scale = jnp.swapaxes(scale, -1, -2)[..., None, :]  # [*L, in / block, 1, out]
+    scale = scales_lib.rows(tensor.scales)[..., None, :]  # [*L, in / block, 1, out]
     if tensor.kind == "int8":
         values = tensor.codes.reshape(*tensor.leading, -1, tensor.block, tensor.codes.shape[-1]).astype(jnp.float32)
     else:
