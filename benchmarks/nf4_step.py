@@ -30,7 +30,9 @@ def main() -> None:
         codes=np.asarray(quantized.codes), dense=dense, product=np.asarray(linear(rows, quantized))
     )
     facts["bytes_per_weight"] = quantized.num_bytes / weight.size
-    facts["bytes_per_weight_argument"] = compiled.memory_analysis().argument_size_in_bytes / weight.size
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    facts["bytes_per_weight_argument"] = analysis.argument_size_in_bytes / weight.size
     del dense
 
     runs: dict[str, Callable] = {

@@ -6,9 +6,9 @@
 import sys
 from collections.abc import Callable
 
-import bitsandbytes
 import torch
 from bitsandbytes import functional
+from bitsandbytes.autograd import _functions as autograd
 
 from benchmarks import nf4_workload, pairing
 
@@ -26,13 +26,14 @@ def main() -> None:
     weight, rows = map(torch.from_numpy, nf4_workload.make())
     packed, state = quantise(weight)
     linears: dict[str, Callable] = {
-        "matmul_4bit": lambda: bitsandbytes.matmul_4bit(rows, packed, state),
+        "matmul_4bit": lambda: autograd.matmul_4bit(rows, packed, state),
         "dequantise_linear": lambda: torch.nn.functional.linear(rows, functional.dequantize_4bit(packed, state)),
     }
     product = linears["dequantise_linear" if task == "dequantise_linear" else "matmul_4bit"]()
     facts = nf4_workload.describe(
         codes=packed.numpy(), dense=functional.dequantize_4bit(packed, state).numpy(), product=product.numpy()
     )
+    assert state.state2 is not None and state.offset is not None
     arrays = (packed, state.absmax, state.state2.absmax, state.offset)
     facts["bytes_per_weight"] = sum(array.numel() * array.element_size() for array in arrays) / weight.numel()
     state.dtype = DTYPES.get(task.removeprefix("dequantise_"), torch.float32)  # what is dequantised to

@@ -22,7 +22,7 @@ def test_the_8_bit_values_ascend_from_almost_minus_one_to_one_through_zero():
 
 def test_a_value_between_two_codes_rounds_to_the_nearer():
     # One group: offset 0 and largest value 1, so that codes are those of the values themselves.
-    values = np.array([1.0, -1.0, 0.5, -0.5, 0.25, -0.25, 0.011, -0.011], np.float32)
+    values = np.array([1.0, -1.0, 0.5, -0.5, 0.1, -0.1, 0.011, -0.011], np.float32)
     quantized = scales_lib.quantize_scales(jnp.asarray(values)[None])
     nearest = np.abs(values[:, None] - codebooks.DYNAMIC_8BIT).argmin(1)
     np.testing.assert_array_equal(quantized.codes[0], nearest)
@@ -53,7 +53,7 @@ def test_rows_are_the_scales_transposed():
     np.testing.assert_array_equal(jax.jit(scales_lib.rows)(scales), jnp.swapaxes(scales, -1, -2))
 
 
-def test_compiled_rows_are_multiplied_and_added_apart():
+def test_compiled_rows_have_the_values_of_numpy_which_multiplies_and_adds_apart():
     quantized = scales_lib.quantize_scales(uniform(3, 24, 40))
     spread = np.repeat(np.asarray(quantized.group_scales), scales_lib.GROUP, axis=-1)[:, : 24 * 40].reshape(3, 24, 40)
     values = codebooks.DYNAMIC_8BIT[np.asarray(quantized.codes)] * spread
