@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from moe_vlm_jax.quant import matmul, tensor
 
@@ -105,3 +106,17 @@ def test_a_scan_over_quantised_layers_has_the_gradient_of_dense_ones():
     dense = gradient(rows, dequantize(kernels, jnp.float32))
     # Compiled twice, the sums of products may be taken in another order.
     np.testing.assert_allclose(gradient(rows, kernels), dense, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_goes_through_a_shard_map():
+    # Axes of one device each: what varies over which axis is checked all the same.
+    mesh = jax.make_mesh((1, 1), ("expert", "data"), axis_types=(AxisType.Auto,) * 2)
+    rows, quantized = normal(0, 3, 5, 128), quantize(normal(1, 3, 128, 24), FORMATS[0])
+    by_row, by_expert = PartitionSpec("expert", "data"), PartitionSpec("expert")
+    product = lambda rows, kernel: matmul.apply(jnp.matmul, rows, kernel)  # noqa: E731
+    mapped = jax.shard_map(product, mesh=mesh, in_specs=(by_row, by_expert), out_specs=by_row)
+    gradients = [
+        jax.jit(jax.grad(lambda rows, kernel, f=f: jnp.sin(f(rows, kernel)).sum()))(rows, quantized)
+        for f in (mapped, product)
+    ]
+    np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-5)
