@@ -155,7 +155,7 @@ def _encode_nf4(blocks: jax.Array, largest: jax.Array, *, has_tail: bool) -> tup
 
 def _encode_integers(blocks: jax.Array, largest: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
     scale = largest / top
-    steps = jnp.round(jnp.where(scale > 0, blocks / jnp.where(scale > 0, scale, 1.0), 0.0))
+    steps = jnp.round(jnp.where(scale > 0, blocks / scale, 0.0))
     codes = jnp.clip(steps, -top, top).astype(jnp.int8)
     return scale, codes + jnp.int8(8) if top == _LARGEST["int4"] else codes
 
