@@ -38,14 +38,16 @@ def _frozen(multiply: Multiply, rows: jax.Array, kernel: tensor_lib.QuantizedTen
 
 
 def _frozen_fwd(multiply, rows, kernel, *extra):
-    # An empty array carries the shape and dtype of the rows, not their values: the product is linear in them.
-    return _frozen(multiply, rows, kernel, *extra), (jnp.zeros((*rows.shape, 0), rows.dtype), kernel, extra)
+    # An empty array carries the rows' shape, dtype and, in a shard_map, the axes over which they vary, but not their
+    # values: the product is linear in them.
+    return _frozen(multiply, rows, kernel, *extra), (rows[..., None][..., :0], kernel, extra)
 
 
 def _frozen_bwd(multiply, residuals, cotangent):
     like, kernel, extra = residuals
     dense = tensor_lib.dequantize(kernel, like.dtype)
-    _, transpose = jax.vjp(lambda rows: multiply(rows, dense, *extra), jnp.zeros(like.shape[:-1], like.dtype))
+    anywhere = jnp.sum(like, axis=-1)  # zeros [*rows]
+    _, transpose = jax.vjp(lambda rows: multiply(rows, dense, *extra), anywhere)
     return (*transpose(cotangent), None, *(None for _ in extra))
 
 

@@ -113,10 +113,7 @@ def quantize(kernel: jax.Array, spec: Format) -> QuantizedTensor:
 
 def dequantize(tensor: QuantizedTensor, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Returns dtype[*L, in, out]; codes and scales are multiplied in float32 and rounded once."""
-    scale = tensor.scales
-    if isinstance(scale, scales_lib.QuantizedScales):
-        scale = scales_lib.dequantize_scales(scale)
-    scale = jnp.swapaxes(scale, -1, -2)[..., None, :]  # [*L, in / block, 1, out]
+    scale = scales_lib.rows(tensor.scales)[..., None, :]  # [*L, in / block, 1, out]
     if tensor.kind == "int8":
         values = tensor.codes.reshape(*tensor.leading, -1, tensor.block, tensor.codes.shape[-1]).astype(jnp.float32)
     else:
@@ -163,7 +160,7 @@ def _encode_nf4(blocks: jax.Array, largest: jax.Array, *, has_tail: bool) -> tup
 
 def _encode_integers(blocks: jax.Array, largest: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
     scale = largest / top
-    steps = jnp.round(jnp.where(scale > 0, blocks / jnp.where(scale > 0, scale, 1.0), 0.0))
+    steps = jnp.round(jnp.where(scale > 0, blocks / scale, 0.0))
     codes = jnp.clip(steps, -top, top).astype(jnp.int8)
     return scale, codes + jnp.int8(8) if top == _LARGEST["int4"] else codes
 
