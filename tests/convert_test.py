@@ -8,6 +8,7 @@ import safetensors.numpy
 
 from moe_vlm_jax import convert
 from moe_vlm_jax.hf import configs, readers
+from moe_vlm_jax.training import base
 from tests import conftest
 from tests.hf import tiny
 
@@ -111,3 +112,45 @@ def test_folder_that_holds_a_checkpoint_is_not_overwritten(tmp_path):
     tiny.save("llama", tmp_path / "llama")
     with pytest.raises(ValueError, match=r"already holds config.json, model.safetensors; give an empty folder"):
         convert.convert(tmp_path / "llama", tmp_path / "llama", to="lm")
+
+
+def test_a_checkpoint_becomes_a_quantised_base_that_a_run_starts_from(tmp_path, capsys):
+    tiny.save("mistral", tmp_path / "mistral")
+    tiny.save("siglip", tmp_path / "siglip")
+    source = tmp_path / "llava"
+    joined = ["--source", str(tmp_path / "mistral"), "--vision", str(tmp_path / "siglip"), "--target", str(source)]
+    assert convert.main([*joined, "--random-projector-seed", "3"]) == 0
+    capsys.readouterr()
+    target = tmp_path / "quantised"
+    flags = [
+        "--source",
+        str(source),
+        "--target",
+        str(target),
+        "--to",
+        "quantised",
+        "--block",
+        "8",
+        "--dtype",
+        "float32",
+    ]
+    assert convert.main(flags) == 0
+    assert f"wrote {target}: nf4, the rest float32, " in capsys.readouterr().out
+    assert base.is_saved(str(target))
+    record = json.loads((target / "base.json").read_text())
+    assert record["source"] == str(source)
+    assert (record["model"]["quant.kind"], record["model"]["quant.block"]) == ("nf4", 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--to", "lm", "--kind", "nf4"], "--kind has no effect with --to lm; leave it out, or use --to quantised."),
+        (["--to", "quantised", "--check"], "--check has no effect with --to quantised; leave it out."),
+        (["--to", "quantised"], "config.json does not exist; give the folder of a checkpoint in HF layout."),
+    ],
+)
+def test_options_of_the_other_way_are_refused(flags, message, tmp_path, capsys):
+    assert convert.main(["--source", str(tmp_path / "none"), "--target", str(tmp_path / "out"), *flags]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
