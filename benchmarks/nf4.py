@@ -2,6 +2,7 @@
 
     bytes_per_weight               NF4 with double quantisation, stored and as arguments of a compiled function
     linear_ratio_bitsandbytes      x[512, 2560] @ W: dequantise and multiply, ours / the faster of its two ways
+    float_linear_ratio_torch       the same product with a float32 W: what of the linear ratio is the matmul's
     dequantise_ratio_bitsandbytes  to float32; '_bfloat16': to bfloat16
     quantise_ratio_bitsandbytes    from float32
     error_ratio_bitsandbytes       root mean square error of dequantised weights
@@ -30,11 +31,16 @@ def figures() -> Iterator[dict[str, Any]]:
         )
     error = facts["ours"]["error"]
     yield figure("error_ratio_bitsandbytes", error / facts["peer"]["error"], "ratio", f"relative error {error:.5f}")
-    yield from speed_figures("linear", "", {"ours": ("ours", "linear"), **{p: ("peer", p) for p in PEER_LINEARS}})
+    linears = {"ours": ("ours", "linear"), **{task: ("peer", task) for task in PEER_LINEARS}}
+    yield from speed_figures("linear_ratio_bitsandbytes", "", linears)
+    floats = {"ours": ("ours", "float_linear"), "torch": ("peer", "float_linear")}
+    yield from speed_figures("float_linear_ratio_torch", "", floats)
     for dtype, suffix in DTYPES.items():
         sides = {"ours": ("ours", f"dequantise_{dtype}"), "bitsandbytes": ("peer", f"dequantise_{dtype}")}
-        yield from speed_figures("dequantise", suffix, sides)
-    yield from speed_figures("quantise", "", {"ours": ("ours", "quantise"), "bitsandbytes": ("peer", "quantise")})
+        yield from speed_figures("dequantise_ratio_bitsandbytes", suffix, sides)
+    yield from speed_figures(
+        "quantise_ratio_bitsandbytes", "", {"ours": ("ours", "quantise"), "bitsandbytes": ("peer", "quantise")}
+    )
 
 
 def figure(name: str, value: float, unit: str, against: str) -> dict[str, Any]:
@@ -63,7 +69,7 @@ def speed_figures(name: str, suffix: str, sides: dict[str, tuple[str, str]]) -> 
     """Yields the ratio to the fastest peer, CPU and wall seconds.
 
     Args:
-      name: of the task.
+      name: of the ratio.
       suffix: of the figures' names.
       sides: {label: (ours | peer, task)}, with one 'ours'.
     """
@@ -78,5 +84,7 @@ def speed_figures(name: str, suffix: str, sides: dict[str, tuple[str, str]]) -> 
     for kind, mine, theirs in (("", ours.cpu, timings[best].cpu), ("_wall", ours.wall, timings[best].wall)):
         middle, low, high = pairing.ratio(mine, theirs)
         against = f"{best}, {'wall' if kind else 'CPU'} s, quartiles {low:.3f} to {high:.3f}, {ROUNDS} pairs"
-        yield figure(f"{name}_ratio_bitsandbytes{kind}{suffix}", middle, "ratio", against)
-    yield figure(f"{name}_milliseconds{suffix}", 1e3 * statistics.median(ours.cpu), "CPU ms", "")
+        yield figure(f"{name}{kind}{suffix}", middle, "ratio", against)
+    yield figure(
+        f"{name.partition('_ratio_')[0]}_milliseconds{suffix}", 1e3 * statistics.median(ours.cpu), "CPU ms", ""
+    )

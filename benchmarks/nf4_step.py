@@ -1,4 +1,4 @@
-"""Worker of the NF4 benchmark: ours. `python -m benchmarks.nf4_step linear|quantise|dequantise_DTYPE`"""
+"""Worker of the NF4 benchmark: ours. `python -m benchmarks.nf4_step linear|float_linear|quantise|dequantise_DTYPE`"""
 
 import sys
 from collections.abc import Callable
@@ -16,10 +16,12 @@ FORMAT = tensor.Format("nf4", 64, double=True)
 def main() -> None:
     task = sys.argv[1]
     weight, rows = nf4_workload.make()
+    rows = jnp.asarray(rows)
     kernel = jnp.asarray(weight.T.copy())
     quantize = jax.jit(lambda kernel: tensor.quantize(kernel, FORMAT))
     quantized = jax.block_until_ready(quantize(kernel))
     linear = jax.jit(lambda rows, quantized: matmul.apply(jnp.matmul, rows, quantized))
+    multiply = jax.jit(jnp.matmul)
     dequantise = {
         dtype: jax.jit(lambda quantized, dtype=dtype: tensor.dequantize(quantized, dtype))
         for dtype in ("float32", "bfloat16")
@@ -37,6 +39,7 @@ def main() -> None:
 
     runs: dict[str, Callable] = {
         "linear": lambda: linear(rows, quantized),
+        "float_linear": lambda: multiply(rows, kernel),
         "quantise": lambda: quantize(kernel),
         **{f"dequantise_{dtype}": lambda run=run: run(quantized) for dtype, run in dequantise.items()},
     }

@@ -1,6 +1,6 @@
 """Worker of the NF4 benchmark: bitsandbytes.
 
-`python -m benchmarks.peers.nf4_step matmul_4bit|dequantise_linear|quantise|dequantise_DTYPE`
+`python -m benchmarks.peers.nf4_step matmul_4bit|dequantise_linear|float_linear|quantise|dequantise_DTYPE`
 """
 
 import sys
@@ -38,6 +38,7 @@ def main() -> None:
     facts["bytes_per_weight"] = sum(array.numel() * array.element_size() for array in arrays) / weight.numel()
     state.dtype = DTYPES.get(task.removeprefix("dequantise_"), torch.float32)  # what is dequantised to
     runs = linears | {
+        "float_linear": lambda: torch.nn.functional.linear(rows, weight),
         "quantise": lambda: quantise(weight),
         **{f"dequantise_{dtype}": lambda: functional.dequantize_4bit(packed, state) for dtype in DTYPES},
     }
