@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"batch"},
     "data": {"config", "batch"},
     "hf": {"models", "quant"},
-    "training": {"models", "losses", "data", "hf", "cost"},
+    "training": {"models", "losses", "data", "hf", "cost", "quant"},
     "planning": {"training", "models", "quant", "cost"},
     "decoding": {"models"},
     "evaluation": {"decoding", "data"},
