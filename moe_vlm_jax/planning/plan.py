@@ -25,7 +25,8 @@ class Program:
       aliased: outputs that take the place of donated arguments.
       temporaries: activations, gradients, dequantised weights, the compiler's copies.
       code: of the program itself.
-      peak: most bytes in use at one time, as the compiler counts them; None where it does not tell.
+      peak: most bytes in use at one time; None where the compiler does not tell. A device still needs `needed`: the
+        temporaries are one block that is there as long as the program runs.
       flops: of the matmuls; None where the counter cannot tell.
       unknown_flops: why it cannot.
       compile_seconds: of lowering and compiling.
@@ -110,7 +111,8 @@ def make_plan(config: config_lib.RunConfig, target: targets.Target, *, compiled:
     program, refusal = None, ""
     if compiled:
         step = setup.make_step(model, optimizer, config, state)
-        program, refusal = _compile(step, state, model.frozen, batch)
+        platform = model.mesh.devices.flat[0].platform
+        program, refusal = _compile(step, (state, model.frozen, batch), platform)
     images = 0 if batch.images is None else batch.images.shape[1]
     shape = {
         "micro_batches": batch.tokens.shape[0],
@@ -134,7 +136,7 @@ def make_plan(config: config_lib.RunConfig, target: targets.Target, *, compiled:
     )
 
 
-def _compile(step: Any, *arguments: Any) -> tuple[Program | None, str]:
+def _compile(step: Any, arguments: tuple[Any, ...], platform: str) -> tuple[Program | None, str]:
     """Returns the program, or None and the reason when it is too large for its target."""
     begin = time.perf_counter()
     lowered = step.lower(*arguments)
@@ -155,7 +157,7 @@ def _compile(step: Any, *arguments: Any) -> tuple[Program | None, str]:
             aliased=figures.alias_size_in_bytes,
             temporaries=figures.temp_size_in_bytes,
             code=figures.generated_code_size_in_bytes,
-            peak=getattr(figures, "peak_memory_in_bytes", 0) or None,
+            peak=None if platform == "cpu" else figures.peak_memory_in_bytes,  # XLA:CPU's leaves temporaries out
             flops=flops,
             unknown_flops=unknown,
             compile_seconds=seconds,
