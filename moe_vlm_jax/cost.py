@@ -63,6 +63,16 @@ def program_cost(hlo_text: str) -> ProgramCost:
     return ProgramCost(sum(by_kind.values()), dict(by_kind), dict(by_name), dict(calls))
 
 
+def known_flops(hlo_text: str | None) -> tuple[float | None, str]:
+    """Returns `program_cost(hlo_text).flops` and '', or None and the reason why the counter cannot tell."""
+    if hlo_text is None:
+        return None, "the backend does not show its programs"
+    try:
+        return program_cost(hlo_text).flops, ""
+    except ValueError as error:
+        return None, str(error)
+
+
 class _Walk:
     """Costs of computations, each walked once."""
 

@@ -72,7 +72,7 @@ class BatchBuilder:
             trees.collate(
                 micro_batch,
                 row_length=step.row_length,
-                images_per_row=min(self.layout.images_per_row, step.row_length // self.num_patches),
+                images_per_row=images_per_row(self.layout.images_per_row, step.row_length, self.num_patches),
                 num_patches=self.num_patches,
                 image_size=self.image_size,
                 load_image=self.load_image,
@@ -86,6 +86,11 @@ class BatchBuilder:
 
     def _tree(self, tree: int) -> trees.Tree:
         return planning.build_tree(self.members[tree], self.examples, self.num_patches)
+
+
+def images_per_row(most: int, row_length: int, num_patches: int) -> int:
+    """Returns the room for images in a row: at most `most`, and no more than the slots of a row can hold."""
+    return min(most, row_length // num_patches)
 
 
 class StepSource:

@@ -4,7 +4,9 @@ Everything that a user can get wrong is found here, before anything is compiled.
 """
 
 import dataclasses
+import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ from flax import nnx
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import cost, sharding, tree, validation
-from moe_vlm_jax.data import pipeline, stream
+from moe_vlm_jax.data import pipeline, stream, trees
 from moe_vlm_jax.models import vlm
 from moe_vlm_jax.quant import state as quant
 from moe_vlm_jax.training import base, checkpoint, coverage, steps
@@ -124,7 +126,7 @@ def make_run(config: config_lib.RunConfig, workdir: str | pathlib.Path) -> tuple
     trainable, frozen = initial_params(model, config)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, num_steps)
 
-    state, abstract_state = make_state(model, trainable, optimizer, config.training.seed)
+    state, abstract = make_state(model, trainable, optimizer, config.training.seed)
     origin = config.training.base or f"the random initialisation of seed {config.training.seed}"
     run = Run(
         config=config,
@@ -143,10 +145,8 @@ def make_run(config: config_lib.RunConfig, workdir: str | pathlib.Path) -> tuple
             base=origin,
             fingerprint=checkpoint.fingerprint(frozen),
         ),
-        abstract_state=abstract_state,
-        train_step=steps.make_train_step(
-            model.graphdef, optimizer, config, out_shardings=base.shardings(abstract_state)
-        ),
+        abstract_state=abstract,
+        train_step=make_step(model, optimizer, config, abstract),
     )
     return run, state
 
@@ -162,14 +162,41 @@ def make_state(
       optimizer: over them.
       seed: of the run's own key.
     """
+    abstract = abstract_state(model, optimizer, seed)
+    new_state = functools.partial(state_lib.new_state, transform=optimizer.transform, seed=seed)
+    return jax.jit(new_state, donate_argnums=0, out_shardings=base.shardings(abstract))(trainable), abstract
 
-    def new_state(params: nnx.State) -> state_lib.TrainState:
-        return state_lib.new_state(params, optimizer.transform, seed)
 
+def abstract_state(model: Model, optimizer: optimizer_lib.Optimizer, seed: int) -> state_lib.TrainState:
+    """Returns the shapes and places of the train state, see `make_state`; allocates nothing."""
+    new_state = functools.partial(state_lib.new_state, transform=optimizer.transform, seed=seed)
     shapes = jax.eval_shape(new_state, model.trainable)
     shardings = state_lib.state_shardings(shapes, base.shardings(model.trainable), model.mesh)
-    state = jax.jit(new_state, donate_argnums=0, out_shardings=shardings)(trainable)
-    return state, jax.tree.map(_with_sharding, shapes, shardings)
+    return jax.tree.map(_with_sharding, shapes, shardings)
+
+
+def abstract_batch(config: config_lib.RunConfig, mesh: jax.sharding.Mesh) -> batch_lib.Batch:
+    """Returns the shapes and places of the longest batch that the config allows; reads no data."""
+    row_length, vision = max(config.data.row_lengths), config.model.vision
+    micro_batch = trees.collate(
+        [()] * config.training.batch_size,
+        row_length=row_length,
+        images_per_row=stream.images_per_row(config.data.images_per_row, row_length, vision.num_tokens),
+        num_patches=vision.num_tokens,
+        image_size=vision.image_size,
+        load_image=lambda reference: reference,  # there are none
+    )
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((config.training.accumulation, *x.shape), x.dtype), micro_batch
+    )
+    return jax.tree.map(_with_sharding, shapes, sharding.batch_shardings(shapes, mesh, accumulated=True))
+
+
+def make_step(
+    model: Model, optimizer: optimizer_lib.Optimizer, config: config_lib.RunConfig, abstract: state_lib.TrainState
+) -> steps.TrainStep:
+    """Returns the jitted step whose new state lies where `abstract_state` says."""
+    return steps.make_train_step(model.graphdef, optimizer, config, out_shardings=base.shardings(abstract))
 
 
 def start(run: Run, state: state_lib.TrainState) -> state_lib.TrainState:
@@ -182,13 +209,17 @@ def start(run: Run, state: state_lib.TrainState) -> state_lib.TrainState:
     return restored.state
 
 
-def make_model(config: config_lib.RunConfig) -> Model:
+def make_model(config: config_lib.RunConfig, devices: Sequence[Any] | None = None) -> Model:
     """Returns the model's structure on the mesh; allocates nothing.
+
+    Args:
+      config: the run's.
+      devices: of the mesh, which may be described ones that nothing can run on; None: all that jax finds.
 
     Raises:
       ValueError: the mesh does not fit the devices or the parameters, or the stage's patterns the parameters.
     """
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, devices)
     model_config = resolve(config.model, mesh.devices.flat[0].platform)
     abstract = nnx.eval_shape(lambda: vlm.VLM(model_config, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(abstract)
@@ -262,11 +293,7 @@ def _shape(batch: batch_lib.Batch) -> tuple:
 
 
 def _flops(compiled: jax.stages.Compiled) -> float | None:
-    text = compiled.as_text()
-    if text is None:
-        return None
-    try:
-        return cost.program_cost(text).flops
-    except ValueError as error:
-        logging.info("achieved FLOP/s will not be reported: %s", error)
-        return None
+    flops, unknown = cost.known_flops(compiled.as_text())
+    if unknown:
+        logging.info("achieved FLOP/s will not be reported: %s", unknown)
+    return flops

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from moe_vlm_jax import tree
+from moe_vlm_jax.data import pipeline
 from moe_vlm_jax.training import checkpoint, setup, stages
 from tests.training import examples
 
@@ -22,6 +23,24 @@ def test_the_grouped_matmul_is_chosen_by_the_platform(platform, chosen):
     assert setup.resolve(config, platform).moe.grouped_matmul == chosen
     fixed = dataclasses.replace(config, moe=dataclasses.replace(config.moe, grouped_matmul="ragged"))
     assert setup.resolve(fixed, platform).moe.grouped_matmul == "ragged"
+
+
+def test_the_abstract_batch_has_the_shape_and_place_of_a_real_one(tmp_path):
+    config = examples.run_config(cache=tmp_path)
+    mesh = setup.make_model(config).mesh
+    iterator = pipeline.make_train_data(config, process_index=0, process_count=1).iterator()
+    real = setup.to_devices(next(iterator).batch, mesh)
+    iterator.close()
+    abstract = setup.abstract_batch(config, mesh)
+    for name, shape in abstract._asdict().items():
+        array = getattr(real, name)
+        assert (array.shape, array.dtype, array.sharding) == (shape.shape, shape.dtype, shape.sharding), name
+    config.data.images_per_row = 0
+    assert setup.abstract_batch(config, mesh).images is None
+    config.data.row_lengths, config.data.images_per_row = (5, 9), 40
+    longest = setup.abstract_batch(config, mesh)
+    assert longest.tokens.shape == (2, 2, 9)
+    assert longest.images.shape == (2, 2 * 2, 64, 64, 3)  # nine slots hold two images of four
 
 
 def test_patterns_must_name_every_parameter_once():

@@ -1,0 +1,136 @@
+"""Plans: the compiled step takes what was counted, what does not fit is said, and figures go out as JSON."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from moe_vlm_jax.planning import memory, plan, report, targets
+from tests.planning import examples
+
+
+def tpu():
+    pytest.importorskip("libtpu", reason="libtpu, the optional extra 'plan', is not installed")
+    return targets.find("v5e", examples.run_config(qlora=True).mesh)
+
+
+@pytest.mark.parametrize("qlora", [False, True])
+def test_the_compiled_step_takes_the_bytes_that_were_counted(qlora):
+    config = examples.run_config(qlora=qlora)
+    made = plan.make_plan(config, targets.find("local", config.mesh), compiled=True)
+    assert made.program is not None
+    unused = 2 * 12 * 4 if qlora else 0  # jit drops the tower's last norm, which only its text tower reads
+    assert made.program.arguments == sum(group.bytes for group in made.groups.values()) - unused
+    state = sum(made.groups[name].bytes for name in memory.GROUPS if name.startswith(("trainable", "opt", "count")))
+    assert made.program.aliased == state  # the whole state is donated
+    assert made.program.temporaries > 0
+    assert made.program.flops is not None and made.program.flops > 0
+    assert made.fits and made.left is not None and made.left < made.capacity
+
+
+def test_a_plan_of_one_step_tells_its_shape():
+    config = examples.run_config(qlora=True)
+    made = plan.make_plan(config, targets.find("local", config.mesh), compiled=False)
+    assert made.step == {"micro_batches": 2, "rows": 2, "row_length": 144, "images": 4, "tokens_per_image": 4}
+    assert made.mesh == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+    assert (made.program, made.fits, made.left) == (None, None, None)
+    assert report.table(made).endswith("not compiled")
+
+
+class TooLarge:
+    """Stands for a lowered step that the compiler refuses."""
+
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+        "Used 25.20G of 15.75G hbm. Exceeded hbm capacity by 9.45G.\n\nTotal hbm usage >= 25.45G:\n    reserved 258.00M"
+    )
+
+    def lower(self, *arguments):
+        return self
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+def test_a_program_that_the_compiler_refuses_does_not_fit(monkeypatch):
+    config = examples.run_config(qlora=True)
+    monkeypatch.setattr(plan.setup, "make_step", lambda *arguments: TooLarge())
+    made = plan.make_plan(config, targets.find("local", config.mesh), compiled=True)
+    assert made.fits is False
+    assert made.refusal == "Used 25.20G of 15.75G hbm. Exceeded hbm capacity by 9.45G."
+    assert report.verdict(made) == f"DOES NOT FIT: the compiler refuses: {made.refusal}"
+    monkeypatch.setattr(TooLarge, "message", "INTERNAL: something else")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        plan.make_plan(config, targets.find("local", config.mesh), compiled=True)
+
+
+def planned(**changes) -> plan.Plan:
+    program = plan.Program(
+        arguments=4 * 2**30,
+        outputs=2**30,
+        aliased=2**30,
+        temporaries=5 * 2**30,
+        code=2**20,
+        peak=8 * 2**30,
+        flops=12.5e12,
+        unknown_flops="",
+        compile_seconds=61.0,
+    )
+    made = plan.Plan(
+        target="v5e",
+        kind="TPU v5 lite",
+        remark="",
+        mesh={"data": 2, "fsdp": 1, "expert": 4, "tensor": 1},
+        step={"micro_batches": 1, "rows": 4, "row_length": 1088, "images": 4, "tokens_per_image": 576},
+        coverage=[],
+        parameters={"model": memory.Count(5_610_000_000, 3_930_000_000, 3_932_160)},
+        groups={name: memory.Group(0, 0, 0) for name in memory.GROUPS} | {"batch": memory.Group(0, 2**31, 2**30)},
+        capacity=16 * 2**30,
+        program=program,
+        refusal="",
+    )
+    return dataclasses.replace(made, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "fits: 7.00 GiB of 16.00 GiB are left (44%)"),
+        ({"capacity": 8 * 2**30}, "DOES NOT FIT: 1.00 GiB more than the 8.00 GiB of a device"),
+        ({"capacity": None}, "the device does not tell how much memory it has"),
+        ({"program": None}, "not compiled"),
+    ],
+)
+def test_the_verdict(changes, said):
+    assert report.verdict(planned(**changes)) == said
+
+
+def test_the_table_names_every_part():
+    text = report.table(planned(remark="a note"))
+    assert "v5e: TPU v5 lite, data 2, expert 4" in text
+    assert "step: 1 x 4 rows of 1,088 slots, with 4 images of 576 tokens" in text
+    for row in ("5,610,000,000", "2.00 GiB          1.00 GiB", "temporaries", "12.50 TFLOP", "61 s", "note: a note"):
+        assert row in text
+    unknown = dataclasses.replace(planned().program, flops=None, unknown_flops="a loop without an end", peak=None)
+    assert "unknown: a loop without an end" in report.table(planned(program=unknown))
+
+
+def test_json_has_the_figures_of_the_table():
+    values = json.loads(json.dumps(report.as_json(planned())))
+    assert values["fits"] is True and values["bytes_left"] == 7 * 2**30 - 2**20
+    assert values["parameters"]["model"] == {"total": 5610000000, "activated": 3930000000, "trainable": 3932160}
+    assert values["groups"]["batch"] == {"parameters": 0, "bytes": 2**31, "device_bytes": 2**30}
+    assert values["program"]["temporaries"] == 5 * 2**30
+
+
+@pytest.mark.slow
+def test_a_tpu_that_is_not_there_is_planned_for():
+    target = tpu()
+    made = plan.make_plan(examples.run_config(qlora=True), target, compiled=True)
+    assert made.kind == "TPU v5 lite" and made.capacity == 16 * 2**30
+    assert made.program is not None
+    # Tiles of 8 x 128 pad small arrays.
+    assert made.program.arguments >= sum(group.bytes for group in made.groups.values())
+    assert made.program.flops is not None
+    assert made.fits
