@@ -145,7 +145,7 @@ def _write_shards(folder, tensors, by_tensor, arrays, max_shard_bytes) -> tuple[
 
 def _tensor(pieces: Sequence[pieces_lib.Piece], arrays: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
     parts = [pieces_lib.inverse(np.asarray(arrays[p.path][p.index]), p.transform).astype(dtype) for p in pieces]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=pieces_lib.rows_axis(pieces[0].transform))
 
 
 def write_safetensors(
