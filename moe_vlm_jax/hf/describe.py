@@ -76,9 +76,9 @@ def _language_model(config: config_lib.ModelConfig, base: configs.Checkpoint | N
     moe = config.moe
     if counts != {0} and (0 in counts or len(counts) > 1 or moe.use_residual or not moe.renormalize or moe.top_k < 2):
         raise ValueError(
-            f"experts by layer are {config.layer_experts} with moe.top_k={moe.top_k}, moe.renormalize={moe.renormalize} "
-            f"and moe.use_residual={moe.use_residual}; layout 'lm' holds dense models and those with equal experts in "
-            "every layer, 2 or more a token, renormalised; use 'moe_llava'."
+            f"experts by layer are {config.layer_experts} with moe.top_k={moe.top_k}, moe.renormalize="
+            f"{moe.renormalize} and moe.use_residual={moe.use_residual}; layout 'lm' holds dense models and those with "
+            "equal experts in every layer, 2 or more a token, renormalised; use 'moe_llava'."
         )
 
     def make(family: families.Family) -> dict[str, Any] | None:
@@ -167,6 +167,9 @@ def _contradictions(config, raw: dict[str, Any], layout: str, base: configs.Chec
         mine, theirs = getattr(config.decoder, name), getattr(info.config.decoder, name)
         if mine != theirs:
             found.append(f"decoder.{name}={mine} becomes {theirs}")
+    mine, theirs = config.moe.top_k, info.config.moe.top_k
+    if any(config.layer_experts) and "decoder" in sections and mine != theirs:
+        found.append(f"moe.top_k={mine} becomes {theirs}")
     return found
 
 

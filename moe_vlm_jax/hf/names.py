@@ -94,7 +94,6 @@ QWEN = (
 )
 
 
-
 def _mixtral(experts: tuple[Entry, ...], moe: str) -> tuple[Entry, ...]:
     return (
         Entry("embed_tokens.weight", ("decoder/embed/embedding",)),
@@ -109,8 +108,8 @@ def _mixtral(experts: tuple[Entry, ...], moe: str) -> tuple[Entry, ...]:
 
 _EXPERTS = f"{_LAYER}/moe/experts"
 
-# Every layer holds experts. On disk each has its linears; a model of transformers 5 stacks them, [E, out, in], with gate
-# above up.
+# Every layer holds experts. On disk each has its linears; a model of transformers 5 stacks them, [E, out, in], with
+# gate above up.
 MIXTRAL = _mixtral(
     tuple(
         entry
