@@ -215,15 +215,17 @@ def _parts(tensor, pieces, pair: Sequence[readers.Tensor], model, raw, factors, 
         if side.shape != expected:
             misshaped.append(f"{tensor}: the file has {side.shape}, rank {rank} of the model needs {expected}")
             return []
-    a, b = peft_layout.unflatten(*(np.asarray(side.read()) for side in pair), experts[0] if experts else None)
+    lora_a, lora_b = (np.asarray(side.read()) for side in pair)
+    a, b = peft_layout.unflatten(lora_a, lora_b, experts[0] if experts else None)
     scale = alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
     adapted = [p for p in pieces if factors is None or p.path.replace("/kernel", "/lora_a") in factors]
     split = _split(a, b, adapted, raw["r"])
-    return [
-        _Part(piece.path.removesuffix("/kernel"), piece.index, *split.get(piece, (a, _columns(b, piece))), scale)
-        for piece in pieces
-        if piece in adapted or np.any(_columns(b, piece))
-    ]
+    parts = []
+    for piece in pieces:
+        own_a, own_b = split.get(piece, (a, _columns(b, piece)))
+        if piece in adapted or own_b.any():  # a fused tensor's other rows are zeros
+            parts.append(_Part(piece.path.removesuffix("/kernel"), piece.index, own_a, own_b, scale))
+    return parts
 
 
 def _split(
@@ -278,11 +280,11 @@ def _factors(model: adapters.Model, lora, parts: Sequence[_Part], notes, mistake
     leaves = {path: np.zeros(spec.shape, spec.dtype) for path, spec in model.factors.items()}
     filled = {path: np.zeros(spec.shape[:-2], bool) for path, spec in model.factors.items()}
     padded = rescaled = 0
-    unknown = []
+    unknown: set[str] = set()
     for part in parts:
         paths = f"{part.path}/lora_a", f"{part.path}/lora_b"
         if paths[0] not in leaves:
-            unknown.append(part.path)
+            unknown.add(part.path)
             continue
         rank, ratio = part.a.shape[-1], part.scale / scale
         same = math.isclose(ratio, 1.0, rel_tol=1e-9)
@@ -294,9 +296,7 @@ def _factors(model: adapters.Model, lora, parts: Sequence[_Part], notes, mistake
     empty = [path for path, found in filled.items() if not found.any()]
     bare = sum(int((~found).sum()) for path, found in filled.items() if path.endswith("_a"))
     if unknown:
-        mistakes.append(
-            f"it adapts {len(unknown)} layer(s) without lora in this model: {plans.shown(sorted(set(unknown)))}"
-        )
+        mistakes.append(f"it adapts {len(unknown)} layer(s) without lora in this model: {plans.shown(sorted(unknown))}")
     if empty:
         mistakes.append(f"it lacks {len(empty)} factor(s) of this model: {plans.shown(empty)}")
     counts = {

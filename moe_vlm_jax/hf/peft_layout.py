@@ -121,8 +121,8 @@ def unsupported(raw: Mapping[str, Any]) -> list[str]:
     if raw.get("target_parameters") and _version(raw) < _STACKED_SINCE:
         mistakes.append(
             f"target_parameters={raw['target_parameters']!r} with peft_version={raw.get('peft_version')!r}: before "
-            f"PEFT {'.'.join(map(str, _STACKED_SINCE))} stacked experts had the factors' in and out exchanged; train or "
-            "convert it with a newer PEFT."
+            f"PEFT {'.'.join(map(str, _STACKED_SINCE))} stacked experts had the factors' in and out exchanged; "
+            "train it with a newer PEFT."
         )
     return mistakes
 

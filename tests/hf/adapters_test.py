@@ -153,7 +153,7 @@ THEIRS = {
 }
 NOTES = {
     "phi": (),
-    "qwen2": ("6 matrices of the model .* zeros",),
+    "qwen2": ("3 matrices without an adapter in the folder: zeros",),
     "llama": ("of a rank below 4 padded", "another scale"),
     "mixtral": (),
 }
@@ -185,7 +185,7 @@ def test_we_read_an_adapter_of_peft_and_give_its_logits(kind, tmp_path):
     assert "does not say which base" in unchecked
     assert len(others) == len(NOTES[kind])
     for pattern, note in zip(NOTES[kind], others, strict=True):
-        assert re.search(pattern.replace("of the model ", ""), note)
+        assert re.search(pattern, note)
 
 
 @pytest.mark.parametrize("kind", OURS)
@@ -213,7 +213,7 @@ def test_our_adapter_comes_back_bit_equal_with_its_settings(kind, tmp_path):
 def test_adapter_of_the_linears_of_transformers_4_is_read(tmp_path):
     """Mixtral's experts as modules w1, w2, w3: one pair per expert, as PEFT wrote them beside transformers 4."""
     theirs = tiny.save("mixtral", tmp_path / "base")
-    config, info = model_config(tmp_path / "base", lora_config(targets=targets.EXPERTS, rank=3))
+    config, _ = model_config(tmp_path / "base", lora_config(targets=targets.EXPERTS, rank=3))
     graphdef, params = build(tmp_path / "base", config)
     old = tmp_path / "old"
     old.mkdir()
@@ -299,15 +299,12 @@ def test_every_expert_of_the_reference_gets_its_own_update_from_peft(table, tmp_
     )
     # Every linear of the model, adapted or not, under the reference's name.
     model = adapters.describe_model(config, "moe_llava", info)
-    shapes = {
-        name: [model.shapes[piece.path][-1] for piece in pieces]
-        for name, pieces in model.tables[0].items()
-        if pieces[0].transform == "transpose"
-    }
-    linears = {
-        name.removesuffix(".weight"): torch.nn.Linear(model.shapes[model.tables[0][name][0].path][-2], sum(outs))
-        for name, outs in shapes.items()
-    }
+    linears = {}
+    for name, pieces in model.tables[0].items():
+        if pieces[0].transform == "transpose":
+            out_dim = sum(model.shapes[piece.path][-1] for piece in pieces)
+            module, bias = name.removesuffix(".weight"), name.replace(".weight", ".bias") in model.tables[0]
+            linears[module] = torch.nn.Linear(model.shapes[pieces[0].path][-2], out_dim, bias=bias)
     loaded = peft.PeftModel.from_pretrained(Tree(linears), tmp_path / "adapter")
     deltas = {
         name.removeprefix("base_model.model."): module.get_delta_weight("default").numpy()
@@ -398,7 +395,7 @@ def test_missing_unknown_and_mis_shaped_tensors_come_in_one_error(folder, base):
     tensors[f"{stem}.1.self_attn.k_proj.lora_magnitude_vector"] = torch.zeros(20)
     tensors[f"{stem}.7.self_attn.q_proj.lora_A.weight"] = torch.zeros(5, 24)
     save_file(tensors, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="3 tensor.s. missing: .*layers.0.self_attn.q_proj.lora_B.weight") as error:
+    with pytest.raises(ValueError, match=r"3 tensor.s. missing: .*layers.0.self_attn.q_proj.lora_B.weight") as error:
         read(folder, base)
     text = str(error.value)
     assert "2.self_attn.v_proj.lora_A.weight" in text and "2.self_attn.v_proj.lora_B.weight" in text
@@ -428,16 +425,16 @@ def test_model_built_with_other_settings_is_refused(folder, base):
 def test_writing_refuses_what_the_layout_cannot_hold(folder, base, tmp_path):
     config, info = model_config(base, lora_config(targets=(*targets.QKV, "projector/.*")))
     _, params = build(base, config)
-    with pytest.raises(ValueError, match=r"2 parameter.s. without a name in this layout: projector/linears/0/lora_a"):
+    with pytest.raises(ValueError, match=r"4 parameter.s. without a name in this layout: projector/linears/0/lora_a"):
         write(tmp_path / "new", params, config, info)
     config, info = model_config(base, lora_config(targets=targets.QKV))
     _, params = build(base, config)
-    with pytest.raises(ValueError, match="already holds adapter_config.json"):
+    with pytest.raises(ValueError, match=r"already holds adapter_config\.json"):
         write(folder, params, config, info)
-    with pytest.raises(ValueError, match="3 parameter.s. not trained beside other parameters of the same module"):
+    with pytest.raises(ValueError, match=r"3 parameter.s. not trained beside other parameters of the same module"):
         write(tmp_path / "new", params, config, info, "decoder/.*/o/kernel")
     some = dict(list(trained(params).items())[1:])
-    with pytest.raises(ValueError, match="1 parameter.s. missing: .*attention/k/lora_a"):
+    with pytest.raises(ValueError, match=r"1 parameter.s. missing: .*attention/k/lora_a"):
         adapters.write_adapter(
             tmp_path / "new", some, config, layout="lm", base=info, source="", fingerprint=FINGERPRINT
         )
