@@ -19,7 +19,7 @@ from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import tree
 from moe_vlm_jax.hf import adapters, configs, peft_layout, plans, readers
 from moe_vlm_jax.hf import pieces as pieces_lib
-from moe_vlm_jax.nn import lora as lora_lib
+from moe_vlm_jax.models import adapters as adapters_lib
 
 
 class Adapter(NamedTuple):
@@ -49,7 +49,7 @@ class _Folder:
     """What a folder holds, in terms of a model."""
 
     raw: dict[str, Any]
-    recorded: dict[str, Any]  # base.json
+    recorded: dict[str, Any]  # adapter_base.json
     parts: list[_Part]
     saved: dict[str, list[tuple[pieces_lib.Piece, np.ndarray]]]  # by path
     mistakes: list[str]
@@ -76,7 +76,7 @@ def read_config(
         recorded = found.recorded["lora"]
         return config_lib.LoraConfig(**{**recorded, "targets": tuple(recorded["targets"])})
     lora = peft_layout.lora_config(found.raw)
-    scale = lora_lib.scaling(lora).scale
+    scale = adapters_lib.scale(lora)
     lora.rank = max((part.a.shape[-1] for part in found.parts), default=lora.rank)
     lora.alpha = scale * (math.sqrt(lora.rank) if lora.rslora else lora.rank)
     lora.targets = tuple(sorted({part.path for part in found.parts}))
@@ -265,7 +265,7 @@ def _settings(lora: config_lib.LoraConfig, found: _Folder) -> list[str]:
         mistakes.append(
             f"its rank is {highest}, but lora.rank={lora.rank}; build the model with `read_config`'s settings."
         )
-    its, ours = lora_lib.scaling(theirs).scale, lora_lib.scaling(lora).scale if lora.rank else 0.0
+    its, ours = adapters_lib.scale(theirs), adapters_lib.scale(lora)
     if not math.isclose(its, ours, rel_tol=1e-9):
         mistakes.append(
             f"its scale is {its:g}, but lora.alpha={lora.alpha:g}, lora.rank={lora.rank} and lora.rslora="
@@ -276,7 +276,7 @@ def _settings(lora: config_lib.LoraConfig, found: _Folder) -> list[str]:
 
 def _factors(model: adapters.Model, lora, parts: Sequence[_Part], notes, mistakes) -> dict[str, np.ndarray]:
     """Returns all LoRA factors."""
-    scale = lora_lib.scaling(lora).scale
+    scale = adapters_lib.scale(lora)
     leaves = {path: np.zeros(spec.shape, spec.dtype) for path, spec in model.factors.items()}
     filled = {path: np.zeros(spec.shape[:-2], bool) for path, spec in model.factors.items()}
     padded = rescaled = 0

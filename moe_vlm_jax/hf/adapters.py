@@ -4,7 +4,8 @@ Names come from the tables of hf/names.py: the factors of a kernel go by the nam
 tensor fuses several of our kernels (gate and up of stacked experts, Qwen's q, k and v) their pairs become one: of the
 same rank if they share A, else side by side, with B block-diagonal and a rank of its own. Either is exact.
 
-Beside PEFT's two files, base.json says what the adapter was trained on; see `hf/adapter_readers.py` for the way back.
+Beside PEFT's two files, adapter_base.json says what the adapter was trained on. The way back is
+`hf/adapter_readers.py`.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from moe_vlm_jax.hf import configs, describe, load, names, peft_layout, plans, w
 from moe_vlm_jax.hf import pieces as pieces_lib
 from moe_vlm_jax.models import adapters, placement, vlm
 
-CONFIG_FILE, WEIGHTS_FILE, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+CONFIG_FILE, WEIGHTS_FILE, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_base.json"
 
 
 class Model(NamedTuple):
@@ -121,7 +122,7 @@ def write_adapter(
 
 
 def base_json(config: config_lib.ModelConfig, *, layout: str, source: str, fingerprint: str) -> dict[str, Any]:
-    """Returns base.json: what the adapter was trained on, and what adapter_config.json cannot say."""
+    """Returns adapter_base.json: what the adapter was trained on, and what adapter_config.json cannot say."""
     return {
         "base": {"fingerprint": fingerprint, "source": source},
         "layout": layout,

@@ -200,8 +200,8 @@ def test_our_adapter_comes_back_bit_equal_with_its_settings(kind, tmp_path):
     assert set(adapter.leaves) == set(trained(params))
     for path, array in trained(params).items():
         np.testing.assert_array_equal(adapter.leaves[path], array)
-    # Without base.json only the dropout, which PEFT lacks beside stacked experts, and the patterns are lost.
-    (tmp_path / "adapter/base.json").unlink()
+    # Without adapter_base.json only the dropout, which PEFT lacks beside stacked experts, and the patterns are lost.
+    (tmp_path / "adapter/adapter_base.json").unlink()
     again, adapter = read(tmp_path / "adapter", tmp_path / "base")
     kept = {"targets": config.lora.targets, "dropout": config.lora.dropout}
     assert dataclasses.replace(again.lora, **kept) == config.lora
