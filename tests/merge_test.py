@@ -75,6 +75,13 @@ def quantised(tmp_path_factory, cache, hf_base) -> pathlib.Path:
     return trained_run(tmp_path_factory.mktemp("quantised"), config)
 
 
+@pytest.fixture(scope="module")
+def unquantised(tmp_path_factory, cache, hf_base) -> pathlib.Path:
+    """A LoRA run over a float base."""
+    return trained_run(tmp_path_factory.mktemp("unquantised"), with_base(run_config(cache, stages.LORA), hf_base))
+
+
+@pytest.mark.slow
 def test_merged_checkpoint_has_the_logits_of_the_run(quantised, tmp_path, capsys):
     target = tmp_path / "merged"
     assert merge.main(["--workdir", str(quantised), "--target", str(target), "--dtype", "float32"]) == 0
@@ -96,12 +103,14 @@ def test_merged_checkpoint_has_the_logits_of_the_run(quantised, tmp_path, capsys
     np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_rounding_to_bfloat16_is_within_its_own_error(quantised, tmp_path, capsys):
-    assert merge.main(["--workdir", str(quantised), "--target", str(tmp_path / "merged"), "--dtype", "bfloat16"]) == 0
+@pytest.mark.slow
+def test_rounding_to_bfloat16_is_within_its_own_error(unquantised, tmp_path, capsys):
+    assert merge.main(["--workdir", str(unquantised), "--target", str(tmp_path / "merged"), "--dtype", "bfloat16"]) == 0
     dtypes = {str(t.dtype) for name, t in readers.open_checkpoint(tmp_path / "merged").items() if "gate.wg" not in name}
     assert dtypes == {"bfloat16"}
 
 
+@pytest.mark.slow
 def test_quantised_again_it_is_a_base_for_another_run(quantised, tmp_path, capsys):
     target = tmp_path / "merged"
     assert merge.main(["--workdir", str(quantised), "--target", str(target), "--requantize"]) == 0
@@ -113,6 +122,7 @@ def test_quantised_again_it_is_a_base_for_another_run(quantised, tmp_path, capsy
     assert checkpoint.fingerprint(params) == checkpoint.fingerprint(expected)
 
 
+@pytest.mark.slow
 def test_fine_tune_that_the_quantiser_would_swallow_is_refused_and_nothing_is_left(cache, hf_base, tmp_path, capsys):
     workdir = tmp_path / "run"
     trained_run(workdir, with_base(run_config(cache, stages.LORA, quant=NF4), hf_base), size=1e-4)
@@ -124,17 +134,17 @@ def test_fine_tune_that_the_quantiser_would_swallow_is_refused_and_nothing_is_le
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_wrong_merge_is_refused_and_nothing_is_left(quantised, tmp_path, capsys, monkeypatch):
-    right = merging._merge
-    monkeypatch.setattr(merging, "_merge", lambda kernel, factors, scale: right(kernel, factors, 0.99 * scale))
-    jax.clear_caches()
-    assert merge.main(["--workdir", str(quantised), "--target", str(tmp_path / "merged"), "--dtype", "float32"]) == 1
-    jax.clear_caches()
+@pytest.mark.slow
+def test_wrong_merge_is_refused_and_nothing_is_left(unquantised, tmp_path, capsys, monkeypatch):
+    right = adapters.scale
+    monkeypatch.setattr(adapters, "scale", lambda lora: 0.99 * right(lora))
+    assert merge.main(["--workdir", str(unquantised), "--target", str(tmp_path / "merged"), "--dtype", "float32"]) == 1
     assert "the merge is wrong" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_file_is_refused_and_nothing_is_left(quantised, tmp_path, capsys, monkeypatch):
+@pytest.mark.slow
+def test_wrong_file_is_refused_and_nothing_is_left(unquantised, tmp_path, capsys, monkeypatch):
     right = merging.lazily_merged
 
     def without_one(params, lora):
@@ -144,11 +154,12 @@ def test_wrong_file_is_refused_and_nothing_is_left(quantised, tmp_path, capsys, 
         return found | {path: merging.MergedKernel(kernel, None, 1.0)}
 
     monkeypatch.setattr(merging, "lazily_merged", without_one)
-    assert merge.main(["--workdir", str(quantised), "--target", str(tmp_path / "merged"), "--dtype", "float32"]) == 1
+    assert merge.main(["--workdir", str(unquantised), "--target", str(tmp_path / "merged"), "--dtype", "float32"]) == 1
     assert "what was written is not what was merged" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_adapters_and_routers_alone_go_to_pefts_folder(quantised, tmp_path, capsys):
     target = tmp_path / "adapter"
     assert merge.main(["--workdir", str(quantised), "--target", str(target), "--adapter-only"]) == 0
@@ -170,11 +181,10 @@ def test_adapters_and_routers_alone_go_to_pefts_folder(quantised, tmp_path, caps
         adapter_readers.load_adapter(target, config, base_fingerprint="other", **where)
 
 
-def test_what_the_user_has_wrong_is_one_message(quantised, cache, hf_base, tmp_path, capsys):
+@pytest.mark.slow
+def test_what_the_user_has_wrong_is_one_message(quantised, unquantised, cache, tmp_path, capsys):
     full = tmp_path / "full"
     checkpoint.claim_workdir(full, examples.run_config(cache))
-    unquantised = tmp_path / "unquantised"
-    trained_run(unquantised, with_base(run_config(cache, stages.LORA), hf_base))
     for workdir, target, flags, message in (
         (full, "new", [], "model.lora.rank=0, so no adapters to merge"),
         (quantised, "full", [], "exists already"),

@@ -1,5 +1,6 @@
 """How far two models, or two ways to store one, are apart: their logits on the same prompts."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -142,17 +143,11 @@ def logits(graphdef: nnx.GraphDef, params: nnx.State, batches: Iterable[batch_li
     model computes is the graphdef's matter: give one with compute_dtype float32.)
     """
     graphdef = generate.dropless_graphdef(graphdef, params)
-
-    @jax.jit
-    def forward(params: nnx.State, batch: batch_lib.Batch) -> jax.Array:
-        model = nnx.merge(graphdef, params)
-        return model.logits(model(batch, train=False).hidden)
-
     found = []
     with jax.default_matmul_precision("highest"):
         for batch in batches:
             text = np.asarray(batch.valid) & (np.asarray(batch.image_slot) < 0)
-            found.append(np.asarray(forward(params, batch), np.float32)[text])
+            found.append(np.asarray(_forward(graphdef, params, batch), np.float32)[text])
     return np.concatenate(found)
 
 
@@ -170,6 +165,12 @@ def compare(first: np.ndarray, second: np.ndarray) -> Difference:
         argmax=float(np.mean(first.argmax(axis=-1) == second.argmax(axis=-1))),
         kl=float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))),
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graphdef: nnx.GraphDef, params: nnx.State, batch: batch_lib.Batch) -> jax.Array:
+    model = nnx.merge(graphdef, params)
+    return model.logits(model(batch, train=False).hidden)
 
 
 def _log_softmax(values: np.ndarray) -> np.ndarray:
