@@ -9,7 +9,6 @@ config.json. `convert` is the same as a call. 'quantised' writes a base for trai
 
 import argparse
 import pathlib
-import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,18 +25,6 @@ from moe_vlm_jax.training import base
 
 LAYOUTS = ("moe_llava", "lm", "vision", "llava")
 DTYPES = ("source", "float32", "bfloat16", "float16")
-# Small files beside the weights that belong to the model.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "chat_template.*",
-)
 
 
 class Conversion(NamedTuple):
@@ -105,22 +92,12 @@ def convert(
         dtype=None if dtype == "source" else dtype,
         max_shard_bytes=max_shard_bytes,
     )
-    copied = _copy_companions(info, pathlib.Path(target))
+    copied = writers.copy_companions(filter(None, (info.vision_folder, info.folder)), pathlib.Path(target))
     remarks = list(_remarks(info, pathlib.Path(target), to))
     if check:
         _check(target, params, info, dtype, accept)
         remarks.append("check passed: the target loads again, every parameter equal")
     return Conversion(report, written, copied, tuple(remarks))
-
-
-def _copy_companions(info: configs.Checkpoint, target: pathlib.Path) -> tuple[str, ...]:
-    copied = {}
-    for folder in filter(None, (info.vision_folder, info.folder)):
-        for pattern in COMPANIONS:
-            copied |= {path.name: path for path in folder.glob(pattern) if path.is_file()}
-    for name, path in copied.items():
-        shutil.copyfile(path, target / name)
-    return tuple(sorted(copied))
 
 
 def _remarks(info: configs.Checkpoint, target: pathlib.Path, to: str):

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 from flax import nnx
 
 from moe_vlm_jax import config as config_lib
@@ -116,7 +115,7 @@ def from_workdir(workdir: str) -> Source:
         model = setup.make_model(config)
         # Parameters that never trained are not in a checkpoint; they are made again as the run made them.
         frozen = setup.initial_params(model, config)[1] if jax.tree.leaves(model.frozen) else model.frozen
-        trainable = _newest(workdir, model.trainable, checkpoint.fingerprint(frozen))
+        trainable = checkpoint.newest(workdir, model.trainable, checkpoint.fingerprint(frozen))
         return model.graphdef, nnx.merge_state(trainable, frozen)
 
     return Source(
@@ -125,29 +124,6 @@ def from_workdir(workdir: str) -> Source:
         transform=images_lib.transform_for(config.model.vision, config.data),
         load=load,
     )
-
-
-def _newest(workdir: str, abstract: nnx.State, fingerprint: str) -> nnx.State:
-    """Returns the trained parameters of a run's newest checkpoint.
-
-    Opened read-only: `checkpoint.Checkpoints` tidies up half-written saves, which may be those of a training that
-    still runs.
-    """
-    folder = pathlib.Path(workdir).absolute() / "checkpoints"
-    if not folder.is_dir():
-        raise ValueError(f"{workdir!r} has no checkpoint yet; let the training run on, or start it again.")
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise ValueError(f"{workdir!r} has no finished checkpoint yet; let the training run on, or start it again.")
-        parts = ocp.args.Composite(trainable=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore())
-        found = manager.restore(step, args=parts)
-    if found["run"]["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"checkpoint {step} of {workdir!r} was trained beside other frozen parameters ({found['run']['base']}); "
-            "restore the original base."
-        )
-    return found["trainable"]
 
 
 def from_checkpoint(args: argparse.Namespace) -> Source:

@@ -130,6 +130,7 @@ def llava_family(model_type: str | None) -> families.Family | None:
 
 def _read_language_model(fields, folder, family, vision, accept) -> Checkpoint:
     decoder = fields_lib.read_decoder(fields, family)
+    moe = fields_lib.read_experts(fields, family)
     fields.finish(family.inert)
     sections, tower, vision_raw = {"decoder"}, config_lib.VisionConfig(), None
     if vision is not None:
@@ -140,7 +141,7 @@ def _read_language_model(fields, folder, family, vision, accept) -> Checkpoint:
             fields.notes.append(
                 f"{fields.where}: the bias of Phi's lm_head is discarded, because LLaVA-Phi models have none"
             )
-    config = config_lib.ModelConfig(decoder=decoder, vision=tower, moe=config_lib.MoEConfig(placement="none"))
+    config = config_lib.ModelConfig(decoder=decoder, vision=tower, moe=moe)
     folder_of_tower = None if vision is None else pathlib.Path(vision)
     return Checkpoint(folder, "lm", family, config, frozenset(sections), fields.raw, vision_raw, folder_of_tower, ())
 
@@ -155,7 +156,7 @@ def _read_tower_folder(fields, folder, accept) -> Checkpoint:
 
 def _read_llava(fields, folder, vision, accept) -> Checkpoint:
     text = fields_lib.Fields(fields.take("text_config"), f"{fields.where}: text_config", accept)
-    plain = {family.model_type: family for family in families.FAMILIES}
+    plain = {family.model_type: family for family in families.FAMILIES if family.experts is None}
     family = plain.get(text.take("model_type", "llama"))
     if family is None:
         raise ValueError(

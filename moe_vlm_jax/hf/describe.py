@@ -72,9 +72,24 @@ def tower_json(vision: config_lib.VisionConfig, base: configs.Checkpoint | None)
 
 
 def _language_model(config: config_lib.ModelConfig, base: configs.Checkpoint | None) -> dict[str, Any]:
-    if any(config.layer_experts):
-        raise ValueError(f"experts by layer are {config.layer_experts}, but layout 'lm' is dense; use 'moe_llava'.")
-    return _fit(config, "lm", base, lambda family: _decoder_json(config.decoder, family, base))
+    counts = set(config.layer_experts)
+    moe = config.moe
+    if counts != {0} and (0 in counts or len(counts) > 1 or moe.use_residual or not moe.renormalize or moe.top_k < 2):
+        raise ValueError(
+            f"experts by layer are {config.layer_experts} with moe.top_k={moe.top_k}, moe.renormalize="
+            f"{moe.renormalize} and moe.use_residual={moe.use_residual}; layout 'lm' holds dense models and those with "
+            "equal experts in every layer, 2 or more a token, renormalised; use 'moe_llava'."
+        )
+
+    def make(family: families.Family) -> dict[str, Any] | None:
+        if (family.experts is None) != (counts == {0}):
+            return None
+        raw = _decoder_json(config.decoder, family, base)
+        if family.experts is not None:
+            raw |= {family.experts[0]: max(counts), family.experts[2]: moe.top_k}
+        return raw
+
+    return _fit(config, "lm", base, make)
 
 
 def _moe_llava(config: config_lib.ModelConfig, base: configs.Checkpoint | None) -> dict[str, Any]:
@@ -152,6 +167,9 @@ def _contradictions(config, raw: dict[str, Any], layout: str, base: configs.Chec
         mine, theirs = getattr(config.decoder, name), getattr(info.config.decoder, name)
         if mine != theirs:
             found.append(f"decoder.{name}={mine} becomes {theirs}")
+    mine, theirs = config.moe.top_k, info.config.moe.top_k
+    if any(config.layer_experts) and "decoder" in sections and mine != theirs:
+        found.append(f"moe.top_k={mine} becomes {theirs}")
     return found
 
 
@@ -187,7 +205,7 @@ def _decoder_json(
         raw |= {"seq_length": decoder.max_positions, "use_dynamic_ntk": True, "use_logn_attn": True, "fp32": False}
         raw |= {"bf16": False, "fp16": False, "use_flash_attn": False, "softmax_in_fp32": False}
         raw |= {"use_cache_quantization": False, "use_cache_kernel": False}
-    if family is families.MISTRAL:
+    if family in (families.MISTRAL, families.MIXTRAL):
         raw["sliding_window"] = None
     return raw
 

@@ -34,6 +34,8 @@ class Family(NamedTuple):
       mlp_factor: intermediate_size / our mlp_dim.
       inert: fields of this family that do not change what is computed here.
       train_modules: what the reference's stage 3 trains, recorded in config.json.
+      experts: (field of the number of experts, its default, field of the experts per token, its default) of a family
+        whose every layer holds experts; None for a dense one.
     """
 
     model_type: str
@@ -49,6 +51,7 @@ class Family(NamedTuple):
     mlp_factor: int = 1
     inert: frozenset[str] = frozenset()
     train_modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj", "wg")
+    experts: tuple[str, int, str, int] | None = None
 
 
 def _sizes(vocab: Any, embed: Any, mlp: Any, layers: Any, heads: Any, positions: Any) -> tuple[Field, ...]:
@@ -224,8 +227,29 @@ MISTRAL = Family(
     must={"attention_dropout": (0.0,)},
 )
 
+# Mistral with experts in every layer: softmax over all, the weights of the chosen ones sum to 1, nothing is dropped.
+MIXTRAL = MISTRAL._replace(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    llava=None,
+    llava_class=None,
+    table="mixtral",
+    fields=(
+        *_sizes(32000, 4096, 14336, 32, 32, 131072),
+        Field("num_key_value_heads", "num_kv_heads", 8),
+        Field("head_dim", "head_dim", None),
+        Field("rms_norm_eps", "norm_eps", 1e-5),
+        Field("hidden_act", "activation", "silu"),
+    ),
+    must={"attention_dropout": (0.0,), "router_jitter_noise": (0.0,)},
+    theta=("rope_theta", 1000000.0),
+    # The balance loss counts otherwise than ours does (first choices): moe.balance_coef is the run's own choice.
+    inert=frozenset({"output_router_logits", "router_aux_loss_coef"}),
+    experts=("num_local_experts", 8, "num_experts_per_tok", 2),
+)
+
 # In the order in which a config without an original config.json is matched.
-FAMILIES = (PHI, STABLELM, STABLELM_EPOCH, QWEN2, MISTRAL, LLAMA, QWEN)
+FAMILIES = (PHI, STABLELM, STABLELM_EPOCH, QWEN2, MISTRAL, LLAMA, QWEN, MIXTRAL)
 
 # HF's name -> ours; the first of several is what is written.
 ACTIVATIONS = {

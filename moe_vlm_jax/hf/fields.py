@@ -87,6 +87,20 @@ def read_decoder(fields: Fields, family: families.Family) -> config_lib.DecoderC
     return config_lib.DecoderConfig(**values)
 
 
+def read_experts(fields: Fields, family: families.Family) -> config_lib.MoEConfig:
+    """Returns the experts of a plain language model."""
+    if family.experts is None:
+        return config_lib.MoEConfig(placement="none")
+    count_field, count, top_k_field, top_k = family.experts
+    count, top_k = fields.take(count_field, count), fields.take(top_k_field, top_k)
+    if top_k < 2:
+        fields.mistakes.append(
+            f"{fields.where}: {top_k_field}={top_k} gives the one chosen expert the weight 1 there and its probability "
+            "here; use a checkpoint with 2 or more."
+        )
+    return config_lib.MoEConfig(placement="dense", num_experts=(count,), top_k=top_k)
+
+
 def read_tower(
     raw: Mapping[str, Any], where: str, accept: Sequence[str] = ()
 ) -> tuple[config_lib.VisionConfig, Fields]:
@@ -128,9 +142,9 @@ def max_positions(fields: Fields, family: families.Family, limit: int) -> int:
         limits["seq_length"] = fields.take("seq_length")
     elif family is families.QWEN:
         fields.take("seq_length", None)
-    if family in (families.MISTRAL, families.QWEN2):
+    if family in (families.MISTRAL, families.MIXTRAL, families.QWEN2):
         window = fields.take("sliding_window", 4096 if family is families.MISTRAL else None)
-        slides = fields.take("use_sliding_window", family is families.MISTRAL)
+        slides = fields.take("use_sliding_window", family is not families.QWEN2)
         fields.take("max_window_layers", None)
         kinds = set(fields.take("layer_types", None) or ())
         if kinds - {"full_attention", "sliding_attention"}:

@@ -142,9 +142,7 @@ def read_leaves(
 
 
 def _read_piece(piece: pieces_lib.Piece, tensor: readers.Tensor) -> np.ndarray:
-    array = tensor.read()
-    array = array if piece.rows is None else array[slice(*piece.rows)]
-    return pieces_lib.forward(array, piece.transform)
+    return pieces_lib.forward(pieces_lib.cut(tensor.read(), piece), piece.transform)
 
 
 def _read_quantized(plan: plans.Plan, path: str, abstract: quant.QuantizedTensor) -> quant.QuantizedTensor:

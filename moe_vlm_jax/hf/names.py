@@ -17,7 +17,8 @@ class Entry(NamedTuple):
 
     hf: str
     ours: tuple[str, ...]
-    transform: str = "copy"  # copy | transpose ([out, in] -> [in, out]) | patch ([C, 3, p, p] -> [p*p*3, C])
+    # copy | transpose ([..., out, in] -> [..., in, out]) | patch ([C, 3, p, p] -> [p*p*3, C])
+    transform: str = "copy"
 
 
 def linear(hf: str, *ours: str) -> tuple[Entry, ...]:
@@ -92,6 +93,39 @@ QWEN = (
     *norm("ln_f", "decoder/final_norm"),
 )
 
+
+def _mixtral(experts: tuple[Entry, ...], moe: str) -> tuple[Entry, ...]:
+    return (
+        Entry("embed_tokens.weight", ("decoder/embed/embedding",)),
+        *norm("layers.{layer}.input_layernorm", f"{_LAYER}/attention_norm"),
+        *attention("layers.{layer}.self_attn", _LAYER, "o_proj"),
+        *norm("layers.{layer}.post_attention_layernorm", f"{_LAYER}/mlp_norm"),
+        *linear(f"layers.{{layer}}.{moe}.gate", f"{_LAYER}/moe/router"),
+        *(entry._replace(hf=f"layers.{{layer}}.{moe}.experts.{entry.hf}") for entry in experts),
+        *norm("norm", "decoder/final_norm"),
+    )
+
+
+_EXPERTS = f"{_LAYER}/moe/experts"
+
+# Every layer holds experts. On disk each has its linears; a model of transformers 5 stacks them, [E, out, in], with
+# gate above up.
+MIXTRAL = _mixtral(
+    tuple(
+        entry
+        for mine, theirs in {"gate": "w1", "up": "w3", "down": "w2"}.items()
+        for entry in linear(f"{{expert}}.{theirs}", f"{_EXPERTS}/{mine}")
+    ),
+    "block_sparse_moe",
+)
+MIXTRAL_STACKED = _mixtral(
+    (
+        Entry("gate_up_proj", (f"{_EXPERTS}/gate/kernel", f"{_EXPERTS}/up/kernel"), "transpose"),
+        Entry("down_proj", (f"{_EXPERTS}/down/kernel",), "transpose"),
+    ),
+    "mlp",
+)
+
 LM_HEAD = linear("lm_head", "decoder/lm_head")
 
 _VISION_LAYER = "vision/layers/{layer}"
@@ -116,16 +150,21 @@ PROJECTOR_SEQUENTIAL = tuple(e for i in range(8) for e in linear(f"{2 * i}", f"p
 PROJECTOR_LINEAR = linear("", "projector/linears/0")  # image_projector_type 'linear' is one bare Linear
 PROJECTOR_LLAVA = (*linear("linear_1", "projector/linears/0"), *linear("linear_2", "projector/linears/1"))
 
-DECODERS = {"phi": PHI, "llama": LLAMA, "qwen": QWEN}
+DECODERS = {"phi": PHI, "llama": LLAMA, "qwen": QWEN, "mixtral": MIXTRAL}
+STACKED_DECODERS = {**DECODERS, "mixtral": MIXTRAL_STACKED}
 
 
 class Layout(NamedTuple):
-    """Where each section of a model sits in a checkpoint: a prefix, or None where there is none."""
+    """Where each section of a model sits in a checkpoint: a prefix, or None where there is none.
+
+    `stacked`: experts are one tensor [E, out, in] where the family has such a form.
+    """
 
     decoder: str | None = None
     head: str | None = None
     vision: str | None = None
     projector: str | None = None
+    stacked: bool = False
 
 
 # The first of a list is what is written; the others are also read. `root` is 'transformer.' for Qwen-1, else 'model.'.
@@ -138,7 +177,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
             "{root}mm_projector.image_spatial_proj.",
         ),
     ),
-    "lm": (Layout("{root}", ""),),
+    "lm": (Layout("{root}", ""), Layout("{root}", "", stacked=True)),
     "vision": (Layout(vision="vision_model."), Layout(vision="")),
     # The hub's layout (transformers 4 and what transformers 5 writes), then transformers 5's own module names.
     "llava": (
@@ -153,6 +192,14 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         Layout(projector="{root}mm_projector."),
         Layout(projector="mm_projector."),
     ),
+}
+
+# The names that parameters have in a model of transformers 5 or of the reference, which PEFT's adapters go by.
+MODULES: dict[str, Layout] = {
+    "moe_llava": LAYOUTS["moe_llava"][0],
+    "lm": LAYOUTS["lm"][1],
+    "vision": LAYOUTS["vision"][1],
+    "llava": LAYOUTS["llava"][3],
 }
 
 # Tensors that no computation here reads: buffers that are recomputed, and the parts of CLIP / SigLIP after the tower.
@@ -192,16 +239,18 @@ def table(layout: str, variant: Layout, family: str | None, projector: str) -> t
       family: key of DECODERS; None for a tower alone.
       projector: `ModelConfig.projector`.
     """
+    decoders = STACKED_DECODERS if variant.stacked else DECODERS
     sections = {
-        "decoder": DECODERS[family] if family else (),
+        "decoder": decoders[family] if family else (),
         "head": LM_HEAD if family else (),
         "vision": VISION,
         "projector": projector_table(projector, layout),
     }
     root = "transformer." if family == "qwen" else "model."
     entries = []
-    for section, prefix in variant._asdict().items():
+    for section, table_of_section in sections.items():
+        prefix = getattr(variant, section)
         if prefix is not None:
             prefix = prefix.replace("{root}", root)
-            entries += [e._replace(hf=prefix + e.hf) for e in sections[section]]
+            entries += [e._replace(hf=prefix + e.hf) for e in table_of_section]
     return tuple(entries)

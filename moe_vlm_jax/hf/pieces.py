@@ -21,7 +21,7 @@ class Piece(NamedTuple):
     """One slice of one leaf and the rows of the tensor that it equals after `transform`."""
 
     tensor: str
-    rows: tuple[int, int] | None  # None: the whole tensor
+    rows: tuple[int, int] | None  # of the outputs of a fused tensor; None: the whole tensor
     path: str
     index: tuple[int, ...]
     transform: str
@@ -55,10 +55,24 @@ def tensor_shapes(pieces: Iterable[Piece], shapes: Mapping[str, Shape]) -> dict[
     """Returns {tensor name: shape} that a checkpoint must have, in the order of the pieces."""
     result: dict[str, Shape] = {}
     for piece in pieces:
-        shape = _inverse_shape(shapes[piece.path][len(piece.index) :], piece.transform)
-        rows = shape[0] if piece.rows is None else piece.rows[1]
-        result[piece.tensor] = (max(rows, result.get(piece.tensor, (0,))[0]), *shape[1:])
+        shape = list(_inverse_shape(shapes[piece.path][len(piece.index) :], piece.transform))
+        if piece.rows is not None:  # the last piece of a tensor says how many rows there are
+            shape[rows_axis(piece.transform)] = piece.rows[1]
+        result[piece.tensor] = tuple(shape)
     return result
+
+
+def rows_axis(transform: str) -> int:
+    """Returns the axis of a tensor along which several of our leaves are fused: that of the outputs."""
+    return -2 if transform == "transpose" else 0
+
+
+def cut(array: np.ndarray, piece: Piece) -> np.ndarray:
+    """Returns the rows of a tensor that a piece is about."""
+    if piece.rows is None:
+        return array
+    rows = slice(*piece.rows)
+    return array[..., rows, :] if piece.transform == "transpose" else array[rows]
 
 
 def uncovered(pieces: Iterable[Piece], shapes: Mapping[str, Shape]) -> list[str]:
@@ -76,12 +90,12 @@ def forward(array: np.ndarray, transform: str) -> np.ndarray:
     """Returns a tensor in our orientation.
 
     Args:
-      array: 'copy' any; 'transpose' [out, in] -> [in, out]; 'patch' [C, 3, p, p] -> [p*p*3, C], rows in the order
-        image row, image column, colour.
+      array: 'copy' any; 'transpose' [..., out, in] -> [..., in, out]; 'patch' [C, 3, p, p] -> [p*p*3, C], rows in the
+        order image row, image column, colour.
       transform: copy | transpose | patch.
     """
     if transform == "transpose":
-        return array.T
+        return array.swapaxes(-1, -2)
     if transform == "patch":
         return array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
     return array
@@ -90,7 +104,7 @@ def forward(array: np.ndarray, transform: str) -> np.ndarray:
 def inverse(array: np.ndarray, transform: str) -> np.ndarray:
     """Returns a slice of ours in the checkpoint's orientation: undoes `forward`."""
     if transform == "transpose":
-        return array.T
+        return array.swapaxes(-1, -2)
     if transform == "patch":
         channels, colours, height, width = _inverse_shape(array.shape, transform)
         return array.reshape(height, width, colours, channels).transpose(3, 2, 0, 1)
@@ -99,7 +113,7 @@ def inverse(array: np.ndarray, transform: str) -> np.ndarray:
 
 def _inverse_shape(shape: Shape, transform: str) -> Shape:
     if transform == "transpose":
-        return shape[::-1]
+        return (*shape[:-2], shape[-1], shape[-2])
     if transform == "patch":
         side = math.isqrt(shape[0] // 3)
         return (shape[1], 3, side, side)
@@ -111,7 +125,7 @@ def _split(name: str, targets: Sequence[tuple[str, tuple[int, ...]]], transform:
         return [Piece(name, None, *targets[0], transform)]
     pieces, start = [], 0
     for path, index in targets:
-        end = start + _inverse_shape(shapes[path][len(index) :], transform)[0]
+        end = start + _inverse_shape(shapes[path][len(index) :], transform)[rows_axis(transform)]
         pieces.append(Piece(name, (start, end), path, index, transform))
         start = end
     return pieces

@@ -8,7 +8,8 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,18 @@ from moe_vlm_jax.models import placement
 
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPE_NAMES = {dtype: name for name, dtype in readers.SAFETENSORS_DTYPES.items()}
+# Small files beside the weights that belong to the model.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "chat_template.*",
+)
 _SECTIONS = {"moe_llava": None, "llava": None, "lm": "decoder", "vision": "vision"}
 
 
@@ -77,6 +90,17 @@ def write(
     configs.write_json(folder / "config.json", raw)
     files, total = _write_shards(folder, tensors, _by_tensor(pieces), kept, max_shard_bytes)
     return Written(tuple(files), tensors, total, tuple(sorted(set(arrays) - set(kept))))
+
+
+def copy_companions(folders: Iterable[pathlib.Path], target: pathlib.Path) -> tuple[str, ...]:
+    """Copies tokenizers and the like into a checkpoint folder and returns their names; later folders win."""
+    copied = {}
+    for folder in folders:
+        for pattern in COMPANIONS:
+            copied |= {path.name: path for path in folder.glob(pattern) if path.is_file()}
+    for name, path in copied.items():
+        shutil.copyfile(path, target / name)
+    return tuple(sorted(copied))
 
 
 def _leaves(params: nnx.State | Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +169,7 @@ def _write_shards(folder, tensors, by_tensor, arrays, max_shard_bytes) -> tuple[
 
 def _tensor(pieces: Sequence[pieces_lib.Piece], arrays: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
     parts = [pieces_lib.inverse(np.asarray(arrays[p.path][p.index]), p.transform).astype(dtype) for p in pieces]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=pieces_lib.rows_axis(pieces[0].transform))
 
 
 def write_safetensors(

@@ -67,6 +67,11 @@ def split(params: nnx.State) -> tuple[nnx.State, nnx.State]:
     return nnx.from_flat_state(parts[0]), nnx.from_flat_state(parts[1])
 
 
+def scale(config: config_lib.LoraConfig) -> float:
+    """Returns what A B is multiplied by; 0 where there are no adapters."""
+    return lora_lib.scaling(config).scale if config.rank else 0.0
+
+
 def _attach(layer: linear.Linear | linear.ExpertLinear, config: config_lib.LoraConfig, rngs: nnx.Rngs) -> None:
     *leading, in_dim, out_dim = layer.kernel.get_value().shape
     dtype = layer.kernel.get_value().dtype

@@ -24,6 +24,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import tree, validation
+from moe_vlm_jax.models import adapters
 from moe_vlm_jax.training import state as state_lib
 
 # Fields that may change between two starts of one run: they decide where and how it computes, not what.
@@ -138,6 +139,38 @@ class Checkpoints:
         self._manager.close()
 
 
+def newest(workdir: str | os.PathLike, abstract: nnx.State, fingerprint: str) -> nnx.State:
+    """Returns the trained parameters of a run's newest checkpoint.
+
+    Opened read-only: `Checkpoints` tidies up half-written saves, which may be those of a training that still runs.
+
+    Args:
+      workdir: of the run.
+      abstract: jax.ShapeDtypeStructs with shardings, in the place of every array.
+      fingerprint: of the run's frozen parameters.
+
+    Raises:
+      ValueError: no finished checkpoint, or one that was trained beside other frozen parameters.
+    """
+    folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    if not folder.is_dir():
+        raise ValueError(f"{str(workdir)!r} has no checkpoint yet; let the training run on, or start it again.")
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise ValueError(
+                f"{str(workdir)!r} has no finished checkpoint yet; let the training run on, or start it again."
+            )
+        parts = ocp.args.Composite(trainable=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore())
+        found = manager.restore(step, args=parts)
+    if found["run"]["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"checkpoint {step} of {str(workdir)!r} was trained beside other frozen parameters "
+            f"({found['run']['base']}); restore the original base."
+        )
+    return found["trainable"]
+
+
 def check_workdir(workdir: str | os.PathLike, config: config_lib.RunConfig) -> None:
     """Checks that a workdir is new or belongs to the same run.
 
@@ -199,6 +232,14 @@ def fingerprint(state: nnx.State) -> str:
             digest.update(f"{path} {array.shape} {array.dtype} ".encode())
             digest.update(np.asarray(jax.device_get(_sums(array))).tobytes())
     return digest.hexdigest()[:16]
+
+
+def base_fingerprint(trainable: nnx.State, frozen: nnx.State) -> str:
+    """Returns the fingerprint of a run's base, whatever of it trains: all parameters before training but adapters.
+
+    Where adapters alone train, it is that of the frozen parameters.
+    """
+    return fingerprint(adapters.split(nnx.merge_state(trainable, frozen))[0])
 
 
 @jax.jit

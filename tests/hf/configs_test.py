@@ -242,6 +242,7 @@ def test_experts_of_the_reference_are_read(tmp_path):
         transformers.StableLmConfig,
         transformers.Qwen2Config,
         transformers.LlamaConfig,
+        transformers.MixtralConfig,
         transformers.MistralConfig,
         transformers.CLIPVisionConfig,
         transformers.SiglipVisionConfig,
@@ -261,6 +262,8 @@ def test_absent_fields_without_known_default_are_named(tmp_path):
 
 
 NOT_IMPLEMENTED = [
+    ({"model_type": "mixtral"}, {"num_experts_per_tok": 1}, "num_experts_per_tok=1 gives the one chosen expert"),
+    ({"model_type": "mixtral"}, {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not implemented"),
     (PHI2, {"qk_layernorm": True}, "qk_layernorm=True is not implemented"),
     (PHI2, {"attention_dropout": 0.1}, r"attention_dropout=0\.1 is not implemented"),
     (PHI2, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear' is not implemented"),
@@ -360,6 +363,14 @@ def test_presets_are_described_as_the_reference_would(tmp_path):
         # No checkpoint records dropout; it belongs to training.
         assert again.layer_experts == config.layer_experts and again.vision == config.vision
         assert again.decoder == config.decoder
+
+
+def test_experts_that_a_plain_language_model_cannot_have_are_refused():
+    decoder = presets.phi2()
+    for changes in ({"renormalize": False}, {"placement": "sparse"}, {"top_k": 1}, {"use_residual": True}):
+        moe = dataclasses.replace(config_lib.MoEConfig(placement="dense", num_experts=(3,)), **changes)
+        with pytest.raises(ValueError, match="layout 'lm' holds dense models and those with equal experts"):
+            describe.config_json(config_lib.ModelConfig(decoder=decoder, moe=moe), "lm", base=None, dtype="float32")
 
 
 def test_model_of_no_published_kind_is_refused_with_the_fields_that_differ():

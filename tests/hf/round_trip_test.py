@@ -145,6 +145,25 @@ def test_llava_comes_back_bit_equal_in_either_layout_and_transformers_reads_it(m
         assert torch.equal(again.state_dict()[name], value), name
 
 
+def test_stacked_experts_of_a_transformers_model_are_read_and_written_back_stacked(tmp_path):
+    model = tiny.save("mixtral", tmp_path / "in")
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    assert tensors["model.layers.1.mlp.experts.gate_up_proj"].shape == (5, 80, 24)
+    stacked = tmp_path / "stacked"
+    stacked.mkdir()
+    (stacked / "config.json").write_bytes((tmp_path / "in/config.json").read_bytes())
+    torch.save(tensors, stacked / "pytorch_model.bin")
+    _, params, _ = read_params(tmp_path / "in")
+    info, again, _ = read_params(stacked)
+    for path, array in params.items():
+        np.testing.assert_array_equal(again[path], array)
+    writers.write(tmp_path / "out", again, info.config, layout="lm", base=info)
+    assert_same_tensors(tmp_path / "out", stacked)
+    # Without the checkpoint that it came from, it is written as transformers writes it.
+    writers.write(tmp_path / "plain", again, info.config, layout="lm")
+    assert_same_tensors(tmp_path / "plain", tmp_path / "in")
+
+
 def test_older_hub_layout_of_llava_with_vision_model_in_its_names_is_read(tmp_path):
     model = tiny.save("llava", tmp_path / "in")
     _, params, _ = read_params(tmp_path / "in")

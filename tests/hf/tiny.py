@@ -95,6 +95,27 @@ def mistral() -> transformers.PreTrainedModel:
     )
 
 
+def mixtral() -> transformers.PreTrainedModel:
+    """Five experts in every layer, three a token, heads narrower than hidden_size / heads, a sliding window."""
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            **_SIZES,
+            **_TOKENS,
+            **_rope(300.0),
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=4,
+            hidden_act="gelu",
+            max_position_embeddings=33,
+            rms_norm_eps=2e-2,
+            sliding_window=19,
+            num_local_experts=5,
+            num_experts_per_tok=3,
+            tie_word_embeddings=True,
+        )
+    )
+
+
 def _llama_config(**more) -> transformers.LlamaConfig:
     return transformers.LlamaConfig(
         **_SIZES,
@@ -162,7 +183,7 @@ def llava() -> transformers.PreTrainedModel:
     return transformers.LlavaForConditionalGeneration(config)
 
 
-LANGUAGE_MODELS = {f.__name__: f for f in (phi, stablelm, qwen2, llama, mistral)}
+LANGUAGE_MODELS = {f.__name__: f for f in (phi, stablelm, qwen2, llama, mistral, mixtral)}
 TOWERS = {f.__name__: f for f in (clip, siglip)}
 WHOLE_TOWERS = {f.__name__: f for f in (clip_whole, siglip_whole)}
 ALL = LANGUAGE_MODELS | TOWERS | WHOLE_TOWERS | {"llava": llava}
