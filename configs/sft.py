@@ -28,7 +28,9 @@ def get_config(argument: str = "tiny") -> config_lib.RunConfig:
 def _tiny() -> config_lib.RunConfig:
     model = presets.tiny(vocab_size=len(vocabulary.words()))
     model.quant = config_lib.QuantConfig(kind="nf4")
-    model.lora = config_lib.LoraConfig(rank=16, alpha=32.0, targets=adapters.ALL_LINEAR)
+    # The base's tower and projector are as young as the rest of it, and learn on; real ones are finished.
+    everywhere = (*adapters.ALL_LINEAR, r"projector/linears/\d+", r"vision/blocks/.*")
+    model.lora = config_lib.LoraConfig(rank=16, alpha=32.0, targets=everywhere)
     return config_lib.RunConfig(
         model=model,
         data=data_presets.embedded_mini(),

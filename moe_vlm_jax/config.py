@@ -220,6 +220,7 @@ class TrainingConfig:
     base: str = ""
     base_vision: str = ""  # folder of the vision tower; empty: base's own, or the one that it names
     base_projector: str = ""  # file or folder; empty: base's own; 'random' starts stage 1
+    adapter: str = ""  # folder of an adapter of this base, in PEFT's layout, to go on from; empty: new adapters
     seed: int = 0
     batch_size: int = 4  # rows of one micro-batch, over all devices
     accumulation: int = 2  # micro-batches of one step

@@ -343,7 +343,9 @@ def _training(config: config_lib.RunConfig) -> Iterator[str]:
         fields = "max_questions every_steps batch_size controls page_samples"
         yield from _no_effect(config.evaluation, "evaluation", fields, "with data.eval_split=''")
     if not training.base:
-        yield from _no_effect(training, "training", "base_vision base_projector", "without training.base")
+        yield from _no_effect(training, "training", "base_vision base_projector adapter", "without training.base")
+    if training.adapter and config.model.lora.rank == 0:
+        yield f"training.adapter={training.adapter!r} has no place with model.lora.rank=0; set model.lora as there."
     if config.optimizer.name != "muon":
         yield from _no_effect(config.optimizer, "optimizer", "muon_learning_rate", "without optimizer.name='muon'")
     if config.optimizer.schedule == "constant":

@@ -121,6 +121,10 @@ MISTAKES = {
         {"model__lora__rank": 4, "model__lora__targets": ()},
         "model.lora.rank=4 adapts nothing with model.lora.targets=(); name a pattern, or set rank=0.",
     ),
+    "adapter": (
+        {"training__base": "b", "training__adapter": "a"},
+        "training.adapter='a' has no place with model.lora.rank=0; set model.lora as there.",
+    ),
     "pattern": (
         {"training__trainable": ("decoder/(.*",)},
         "training.trainable has 'decoder/(.*', which is no regular expression (",
@@ -181,7 +185,7 @@ def test_every_number_has_a_range_and_every_word_a_choice_or_a_meaning():
         *("data.path", "data.image_folder", "data.cache", "data.split", "data.eval_split", "data.tokenizer"),
         *("data.answer_prompt", "training.trainable", "training.frozen", "model.quant.targets", "model.lora.targets"),
         *("optimizer.rates", "optimizer.no_decay"),
-        *("training.base", "training.base_vision", "training.base_projector"),
+        *("training.base", "training.base_vision", "training.base_projector", "training.adapter"),
     }
     ranges = {
         f"{section}.{name}"

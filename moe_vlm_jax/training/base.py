@@ -21,6 +21,8 @@ from flax import nnx
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import sharding, validation
+from moe_vlm_jax.hf import adapter_readers
+from moe_vlm_jax.hf import adapters as hf_adapters
 from moe_vlm_jax.hf import configs as hf_configs
 from moe_vlm_jax.hf import load as hf_load
 from moe_vlm_jax.models import adapters, upcycling, vlm
@@ -36,12 +38,14 @@ _NOT_IDENTITY = re.compile(r".*(_init_std|_dropout|\.max_positions)")
 def load(
     abstract: nnx.State, config: config_lib.ModelConfig, training: config_lib.TrainingConfig, mesh: jax.sharding.Mesh
 ) -> nnx.State:
-    """Returns the parameters that `training` names, on the devices and in the form of `abstract`; adapters are new.
+    """Returns the parameters that `training` names, on the devices and in the form of `abstract`.
+
+    Adapters are those of training.adapter, or new.
 
     Args:
       abstract: all parameters of the model, jax.ShapeDtypeStructs with shardings in the place of arrays.
       config: of the model.
-      training: base, base_vision, base_projector and seed.
+      training: base, base_vision, base_projector, adapter and seed.
       mesh: of the shardings.
 
     Raises:
@@ -54,7 +58,8 @@ def load(
         return adapters.split(nnx.state(vlm.VLM(config, rngs=nnx.Rngs(key))))[1]
 
     fresh = jax.jit(init, out_shardings=shardings(fresh))(jax.random.key(training.seed))
-    return nnx.merge_state(params, fresh)
+    complete = nnx.merge_state(params, fresh)
+    return _adapted(complete, config, training) if training.adapter else complete
 
 
 def is_saved(folder: str) -> bool:
@@ -130,6 +135,23 @@ def narrow(params: nnx.State, dtype: str) -> nnx.State:
 def shardings(state: Any) -> Any:
     """Returns the sharding of every array, or of every ShapeDtypeStruct that has one."""
     return jax.tree.map(lambda x: x.sharding, state)
+
+
+def _adapted(params: nnx.State, config: config_lib.ModelConfig, training: config_lib.TrainingConfig) -> nnx.State:
+    """Returns the parameters with the adapter's factors, and with what it holds whole, in the place of their own."""
+    info = None if is_saved(training.base) else hf_configs.read(training.base, vision=training.base_vision or None)
+    file = pathlib.Path(training.adapter) / hf_adapters.BASE_FILE
+    layout = json.loads(file.read_text(encoding="utf-8"))["layout"] if file.is_file() else "moe_llava"
+    found = adapter_readers.load_adapter(
+        training.adapter,
+        config,
+        layout=layout,
+        base=info,
+        base_fingerprint=checkpoint.fingerprint(adapters.split(params)[0]),
+    )
+    for note in found.notes:
+        logging.info("%s: %s", training.adapter, note)
+    return adapter_readers.placed(params, found.leaves)
 
 
 def _from_hf(bare: nnx.State, config, training: config_lib.TrainingConfig, mesh) -> nnx.State:

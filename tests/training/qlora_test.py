@@ -13,7 +13,8 @@ from flax import nnx
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import tree
-from moe_vlm_jax.hf import writers
+from moe_vlm_jax.hf import adapters as hf_adapters
+from moe_vlm_jax.hf import configs, writers
 from moe_vlm_jax.models import adapters, vlm
 from moe_vlm_jax.quant import state as quant
 from moe_vlm_jax.quant import tensor as quant_tensor
@@ -249,6 +250,24 @@ def test_a_saved_base_comes_back_bit_for_bit_and_refuses_another_model(dense_che
         setup.initial_params(model, again_config)
     with pytest.raises(ValueError, match="already exists"):
         base_lib.save(tmp_path / "base", params, config.model, source="x")
+
+
+def test_a_run_goes_on_from_an_adapter_of_its_base_and_refuses_one_of_another(dense_checkpoint, tmp_path):
+    folder, _ = dense_checkpoint
+    config, params = _loaded(folder)
+    bare, own = adapters.split(params)
+    trained = jax.tree.map(lambda x: x + 0.25, own)
+    where = {"layout": "moe_llava", "base": configs.read(folder), "source": str(folder)}
+    hf_adapters.write_adapter(
+        tmp_path / "adapter", trained, config.model, fingerprint=checkpoint.fingerprint(bare), **where
+    )
+    _, again = _loaded(folder, adapter=str(tmp_path / "adapter"))
+    for name, value in _arrays(trained).items():
+        np.testing.assert_array_equal(value, _arrays(adapters.split(again)[1])[name], err_msg=name)
+    assert checkpoint.fingerprint(adapters.split(again)[0]) == checkpoint.fingerprint(bare)
+    hf_adapters.write_adapter(tmp_path / "other", trained, config.model, fingerprint="0123", **where)
+    with pytest.raises(ValueError, match=r"trained on a base with the fingerprint 0123 .* but this one has"):
+        _loaded(folder, adapter=str(tmp_path / "other"))
 
 
 def test_a_checkpoint_can_be_quantised_ahead_of_time(dense_checkpoint, tmp_path):
