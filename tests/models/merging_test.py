@@ -23,9 +23,13 @@ TARGETS = (*adapters.EXPERTS, r"decoder/groups/.*/attention/(q|o)", r"decoder/gr
 
 
 def adapted(kind: str, *, rslora: bool = False) -> tuple[config_lib.ModelConfig, nnx.State]:
-    """Returns a model with random adapters over a base of this kind."""
+    """Returns a model with random adapters over a base of this kind; two pairs of layers (experts, dense)."""
     lora = config_lib.LoraConfig(rank=3, alpha=5.0, rslora=rslora, targets=TARGETS)
     config = dataclasses.replace(examples.run_config().model, quant=FORMATS[kind], lora=lora)
+    config.decoder, config.moe = (
+        dataclasses.replace(config.decoder, num_layers=4),
+        dataclasses.replace(config.moe, placement="sparse"),
+    )
     _, params = examples.random_model(config, seed=4)
     return config, quant.quantize_chosen(params, config.quant)
 
