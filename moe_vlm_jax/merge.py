@@ -15,7 +15,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from flax import nnx
 
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
+from moe_vlm_jax import tree
 from moe_vlm_jax.data import images as images_lib
 from moe_vlm_jax.data import sources, tokenize
 from moe_vlm_jax.evaluation import agreement, runner
@@ -39,15 +40,16 @@ class Run(NamedTuple):
     Attributes:
       config: with the mesh of this machine.
       model: its structure.
-      initial, trained: the trainable parameters before training and in the newest checkpoint.
-      frozen: beside either.
+      base: all parameters of the base, with new adapters.
+      trained: what trained, of the newest checkpoint.
+      frozen: beside it; the base's, but for what an adapter that the run started from held whole.
       info: the base checkpoint in HF layout, if there is one.
       layout: how the base is written.
     """
 
     config: config_lib.RunConfig
     model: setup.Model
-    initial: nnx.State
+    base: nnx.State
     trained: nnx.State
     frozen: nnx.State
     info: configs.Checkpoint | None
@@ -71,21 +73,27 @@ def open_run(workdir: str, layout: str | None) -> Run:
         experts = any(config.model.layer_experts)
         layout = info.layout if info is not None and info.layout == "llava" and not experts else "moe_llava"
     model = setup.make_model(config)
-    initial, frozen = setup.initial_params(model, config)
+    bare = dataclasses.replace(config, training=dataclasses.replace(training, adapter=""))
+    initial, frozen = setup.initial_params(model, bare)
+    base = nnx.merge_state(initial, frozen)
+    if training.adapter:
+        frozen = setup.initial_params(model, config)[1]
     trained = checkpoint.newest(workdir, model.trainable, checkpoint.fingerprint(frozen))
-    return Run(config, model, initial, trained, frozen, info, layout)
+    return Run(config, model, base, trained, frozen, info, layout)
 
 
 def write_adapter(run: Run, target: pathlib.Path) -> list[str]:
-    """Writes what trained as an adapter folder, reads it back, and returns what to tell the user."""
-    fingerprint = checkpoint.base_fingerprint(run.initial, run.frozen)
+    """Writes what is not the base's as an adapter folder, reads it back, and returns what to tell the user."""
+    fingerprint = checkpoint.fingerprint(adapters_lib.split(run.base)[0])
+    bare = tree.leaves(run.base)
+    held = [(path, v) for path, v in nnx.to_flat_state(run.frozen) if not _equal(v, bare["/".join(map(str, path))])]
+    params = nnx.merge_state(run.trained, nnx.from_flat_state(held)) if held else run.trained
     source = run.config.training.base or f"random weights of seed {run.config.training.seed}"
     where = {"layout": run.layout, "base": run.info}
     model = run.config.model
-    written = adapters.write_adapter(target, run.trained, model, source=source, fingerprint=fingerprint, **where)
+    written = adapters.write_adapter(target, params, model, source=source, fingerprint=fingerprint, **where)
     again = adapter_readers.load_adapter(target, model, base_fingerprint=fingerprint, **where)
-    placed = adapter_readers.placed(run.trained, again.leaves)
-    if not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), placed, run.trained)):
+    if not _equal(adapter_readers.placed(params, again.leaves), params):
         raise ValueError(f"the adapter in {target} differs from the run's when it is read again; check the disk.")
     return [f"{len(written.tensors)} tensors, {written.bytes / 2**20:.1f} MiB, equal when read again"]
 
@@ -105,7 +113,7 @@ def merge(run: Run, target: pathlib.Path, dtype: str | None, batches: list[batch
     def logits(params: nnx.State, *, with_lora: bool = False) -> np.ndarray:
         return agreement.logits(_graphdef(run, with_lora=with_lora), params, batches)
 
-    before = logits(nnx.merge_state(run.initial, run.frozen), with_lora=True)
+    before = logits(run.base, with_lora=True)
     after = logits(adapted, with_lora=True)
     quantiser = None
     if run.config.model.quant.kind != "none":
@@ -145,10 +153,14 @@ def prompts(run: Run, file: str | None, image_folder: str, count: int) -> list[b
     return agreement.prompt_batches(chosen, run.config, tokenizer, transform)
 
 
+def _equal(first: Any, second: Any) -> bool:
+    return jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), first, second))
+
+
 def _bare(run: Run, **changes) -> config_lib.RunConfig:
     """Returns the run's config without adapters, everything frozen."""
     model = dataclasses.replace(run.config.model, lora=config_lib.LoraConfig(), **changes)
-    training = dataclasses.replace(run.config.training, trainable=(), frozen=(".*",))
+    training = dataclasses.replace(run.config.training, adapter="", trainable=(), frozen=(".*",))
     return dataclasses.replace(run.config, model=model, training=training)
 
 

@@ -166,7 +166,7 @@ def test_adapters_and_routers_alone_go_to_pefts_folder(quantised, tmp_path, caps
     assert "equal when read again" in capsys.readouterr().out
     recorded = json.loads((target / "adapter_base.json").read_text())
     run = merge.open_run(str(quantised), None)
-    assert recorded["base"]["fingerprint"] == checkpoint.base_fingerprint(run.initial, run.frozen)
+    assert recorded["base"]["fingerprint"] == checkpoint.fingerprint(adapters.split(run.base)[0])
     assert recorded["base"]["source"] == run.config.training.base
     assert recorded["quant"]["kind"] == "nf4"
     where = {"layout": "moe_llava", "base": run.info}
@@ -179,6 +179,23 @@ def test_adapters_and_routers_alone_go_to_pefts_folder(quantised, tmp_path, caps
         np.testing.assert_array_equal(again.leaves[path], variable.get_value())
     with pytest.raises(ValueError, match="but this one has other"):
         adapter_readers.load_adapter(target, config, base_fingerprint="other", **where)
+
+
+@pytest.mark.slow
+def test_run_that_started_from_an_adapter_belongs_to_the_same_base(quantised, cache, hf_base, tmp_path, capsys):
+    """Its routers came whole with the adapter and are frozen now: they go out with it again."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert merge.main(["--workdir", str(quantised), "--target", str(first), "--adapter-only"]) == 0
+    config = with_base(run_config(cache, stages.LORA, quant=NF4), hf_base)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, adapter=str(first)))
+    workdir = trained_run(tmp_path / "run", config, size=0.1)
+    assert merge.main(["--workdir", str(workdir), "--target", str(second), "--adapter-only"]) == 0
+    old, new = (json.loads((folder / "adapter_base.json").read_text())["base"] for folder in (first, second))
+    assert new == old
+    before, after = (readers.open_checkpoint(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert set(before) == set(after)
+    for name in before:
+        assert np.array_equal(before[name].read(), after[name].read()) == name.endswith("gate.wg.weight"), name
 
 
 @pytest.mark.slow

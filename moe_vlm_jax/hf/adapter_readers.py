@@ -98,7 +98,7 @@ def load_adapter(
       config: of the model, with its adapters.
       layout: key of `names.MODULES`: how the base is written.
       base: the checkpoint that the model came from, if any.
-      base_fingerprint: of the base's parameters (`training.checkpoint.base_fingerprint`).
+      base_fingerprint: of all parameters of the base, without adapters (`training.checkpoint.fingerprint`).
 
     Raises:
       ValueError: the adapter belongs to another base, is no plain LoRA, or has missing, unknown or mis-shaped tensors;

@@ -88,7 +88,7 @@ def write_adapter(
       layout: key of `names.MODULES`: how the base is written.
       base: the checkpoint that the model came from, if any.
       source: where the base is, in words or as a path.
-      fingerprint: of the base's parameters (`training.checkpoint.base_fingerprint`).
+      fingerprint: of all parameters of the base, without adapters (`training.checkpoint.fingerprint`).
 
     Raises:
       ValueError: parameters that are missing, unknown, mis-shaped or that the layout has no names for, all at once.

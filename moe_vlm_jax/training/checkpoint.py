@@ -24,7 +24,6 @@ from orbax.checkpoint import checkpoint_managers
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import tree, validation
-from moe_vlm_jax.models import adapters
 from moe_vlm_jax.training import state as state_lib
 
 # Fields that may change between two starts of one run: they decide where and how it computes, not what.
@@ -232,14 +231,6 @@ def fingerprint(state: nnx.State) -> str:
             digest.update(f"{path} {array.shape} {array.dtype} ".encode())
             digest.update(np.asarray(jax.device_get(_sums(array))).tobytes())
     return digest.hexdigest()[:16]
-
-
-def base_fingerprint(trainable: nnx.State, frozen: nnx.State) -> str:
-    """Returns the fingerprint of a run's base, whatever of it trains: all parameters before training but adapters.
-
-    Where adapters alone train, it is that of the frozen parameters.
-    """
-    return fingerprint(adapters.split(nnx.merge_state(trainable, frozen))[0])
 
 
 @jax.jit
