@@ -24,9 +24,10 @@ def test_the_shipped_model_is_planned_for_two_targets(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "local: cpu, one device" in done.stdout and "gpu:24: GPU of 24 GB, one device" in done.stdout
     local, gpu = json.loads(written.read_text())
-    assert round(local["parameters"]["model"]["total"] / 1e9, 2) == 5.61
+    total = local["parameters"]["model"]["total"]
+    assert (round(total / 1e9, 2), local["parameters"]["model"]["trainable"]) == (5.61, 3_932_160)
     assert (gpu["capacity"], gpu["fits"], gpu["program"]) == (24 * 2**30, None, None)
-    assert f"{local['parameters']['model']['total']:,}" in done.stdout
+    assert f"{total:,}" in done.stdout
 
 
 def test_a_mistake_is_one_message():

@@ -123,9 +123,9 @@ def test_a_device_of_eight_holds_its_share():
 def test_planning_a_large_model_allocates_nothing():
     script = (
         "import resource\n"
-        "from benchmarks import qlora_memory\n"
+        "from configs import sft\n"
         "from moe_vlm_jax.planning import plan, targets\n"
-        "config = qlora_memory.get_config('phi2-4e')\n"
+        "config = sft.get_config('phi2-4e')\n"
         "made = plan.make_plan(config, targets.find('local', config.mesh), compiled=False)\n"
         "needed = sum(group.bytes for group in made.groups.values())\n"
         "print(needed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
@@ -133,6 +133,6 @@ def test_planning_a_large_model_allocates_nothing():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     needed, resident = map(int, done.stdout.split())
-    assert needed > 3.7 * 2**30
+    assert needed > 3.5 * 2**30
     # Python, jax and the programs that trace the model: 0.4 GiB.
     assert resident < 2**30
