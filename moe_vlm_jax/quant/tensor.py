@@ -175,12 +175,17 @@ def _unpacked(codes: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _unpacked_by_repeating(codes: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The same, in a way that XLA:TPU fuses with what follows.
+    """The same, in a way that XLA:TPU fuses with what follows; shape is [*L, blocks, block, out].
 
     Left alone, it spreads the scales over all weights in float32, two copies of it, to fit them to the nibbles' layout;
-    the barrier keeps blocks an axis of their own, and then it moves bytes only.
+    the barrier keeps blocks an axis of their own, and then it moves bytes only. They are an axis already when the bytes
+    are repeated: otherwise the experts' axis goes where rows belong, and the codes of all layers are laid out anew
+    before the loop over layers, a second copy of the model. Merging that axis with the rows would do as well on one
+    chip, but gather the codes of several.
     """
-    both = jax.lax.optimization_barrier(jnp.repeat(codes, 2, axis=-2).reshape(shape))
+    bytes_of_block = codes.reshape(*shape[:-2], shape[-2] // 2, 1, shape[-1])
+    both = jnp.broadcast_to(bytes_of_block, (*bytes_of_block.shape[:-2], 2, shape[-1]))
+    both = jax.lax.optimization_barrier(both.reshape(shape))
     odd = jax.lax.broadcasted_iota(jnp.uint8, both.shape, both.ndim - 2) & jnp.uint8(1)
     return jnp.where(odd == 1, both & jnp.uint8(15), both >> 4)
 
