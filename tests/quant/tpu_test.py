@@ -1,11 +1,19 @@
-"""What a TPU does in another way gives the same bits; here on the CPU, as the ways are plain jax."""
+"""What a TPU does in another way gives the same bits (here on the CPU, as it is plain jax), and compiles as meant."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from moe_vlm_jax import config as config_lib
+from moe_vlm_jax import sharding
+from moe_vlm_jax.planning import targets
 from moe_vlm_jax.quant import codebooks, scales, tensor
+
+NF4 = tensor.Format("nf4", 64, double=True)
 
 
 def test_comparing_with_every_entry_looks_up_the_same_values():
@@ -26,9 +34,29 @@ def test_repeating_bytes_unpacks_the_same_nibbles():
 def test_the_program_for_a_tpu_has_no_gather(shape):
     def program(platform: str) -> str:
         kernel = jax.ShapeDtypeStruct(shape, jnp.float32)
-        stored = jax.eval_shape(lambda k: tensor.quantize(k, tensor.Format("nf4", 64, double=True)), kernel)
+        stored = jax.eval_shape(lambda k: tensor.quantize(k, NF4), kernel)
         traced = jax.jit(lambda q: tensor.dequantize(q, jnp.bfloat16)).trace(stored)
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
     assert "gather" not in program("tpu")
     assert "gather" in program("cpu") and "optimization_barrier" not in program("cpu")
+
+
+@pytest.mark.slow
+def test_chips_dequantise_their_own_parts_of_the_experts():
+    pytest.importorskip("libtpu", reason="libtpu, the optional extra 'plan', is not installed")
+    axes = config_lib.MeshConfig(expert=2, tensor=2)
+    mesh = sharding.make_mesh(axes, targets.find("v5e:2x2", axes).devices)
+    stored = jax.eval_shape(lambda k: tensor.quantize(k, NF4), jax.ShapeDtypeStruct((1, 4, 1024, 512), jnp.float32))
+    path = ("decoder", "groups", 0, "blocks", 0, "moe", "experts", "down", "kernel")
+    state = nnx.from_flat_state([(path, nnx.Param(stored))])
+    places = sharding.state_shardings(state, mesh)
+    state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
+    dense = jax.NamedSharding(mesh, sharding.spec_for("/".join(map(str, path)), 4))
+
+    def dequantized(state: nnx.State) -> jax.Array:
+        (leaf,) = jax.tree.leaves(state, is_leaf=tensor.is_quantized)
+        return tensor.dequantize(leaf, jnp.bfloat16)
+
+    text = jax.jit(dequantized, out_shardings=dense).lower(state).compile().as_text()
+    assert not re.findall(r"(?:all-gather|all-to-all|all-reduce|collective-permute)(?:-start)?\(", text)
