@@ -9,7 +9,7 @@ from flax import nnx
 
 from moe_vlm_jax import tree
 from moe_vlm_jax.data import pipeline
-from moe_vlm_jax.training import checkpoint, setup, stages
+from moe_vlm_jax.training import base, checkpoint, setup, stages
 from tests.training import examples
 
 
@@ -103,10 +103,10 @@ def test_a_dense_base_is_upcycled(tmp_path, monkeypatch):
     dense = dataclasses.replace(config.model, moe=dataclasses.replace(config.model.moe, placement="none"))
     parent = examples.random_model(dense, seed=3)[1]
     info = type("Info", (), {"config": dense})
-    monkeypatch.setattr(setup.hf_configs, "read", lambda folder, vision: info)
+    monkeypatch.setattr(base.hf_configs, "read", lambda folder, vision: info)
     loaded = type("Loaded", (), {"state": parent})
     calls = []
-    monkeypatch.setattr(setup.hf_load, "load_into", lambda *args, **kwargs: calls.append((args, kwargs)) or loaded)
+    monkeypatch.setattr(base.hf_load, "load_into", lambda *args, **kwargs: calls.append((args, kwargs)) or loaded)
     config.training.base_projector = "random"
     model = setup.make_model(config)
     trainable, _ = setup.initial_params(model, config)
