@@ -8,6 +8,7 @@ goes on where an interrupted one stopped.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -23,7 +24,7 @@ from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.data import images, sources, tokenize
 from moe_vlm_jax.evaluation import blind, page, report, runner, scorers
 from moe_vlm_jax.hf import writers
-from moe_vlm_jax.training import loop, setup
+from moe_vlm_jax.training import checkpoint, loop, setup
 from moe_vlm_jax.training import state as state_lib
 
 _CONFIG = command_line.define_config("configs/sft.py")
@@ -31,45 +32,56 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs
 
 
 class Exam:
-    """The held-out questions of a run, to be answered by any of its states."""
+    """The held-out questions of a run, to be answered by any of its states.
 
-    def __init__(self, run: setup.Run):
-        self._run = run
-        data = run.config.data
-        self.records = sources.load_records(data, data.eval_split)
-        self.transform = images.transform_for(run.config.model.vision, data)
-        self._tokenizer = tokenize.load_tokenizer(data.tokenizer)
+    Made before the run: a question that cannot be asked ends the job before anything is compiled.
+    """
 
-    def answer(self, state: state_lib.TrainState, *, shuffle_images: bool = False) -> runner.EvaluationResult:
+    def __init__(self, config: config_lib.RunConfig):
+        self.transform = images.transform_for(config.model.vision, config.data)
+        self._tokenizer = tokenize.load_tokenizer(config.data.tokenizer)
+        records = sources.load_records(config.data, config.data.eval_split)
+        self._questions = runner.prepare_questions(records, config, self._tokenizer, self.transform)
+
+    def answer(
+        self, run: setup.Run, state: state_lib.TrainState, *, shuffle_images: bool = False
+    ) -> runner.EvaluationResult:
         """Returns the answers of a state and their scores."""
-        return runner.evaluate_records(
-            self._run.model.graphdef,
-            nnx.merge_state(state.trainable, self._run.frozen),
-            self._run.config,
-            self.records,
+        return runner.ask(
+            run.model.graphdef,
+            nnx.merge_state(state.trainable, run.frozen),
+            run.config,
+            self._questions,
             self._tokenizer,
             self.transform,
             shuffle_images=shuffle_images,
         )
 
-    def score(self, state: state_lib.TrainState) -> dict[str, float]:
+    def score(self, run: setup.Run, state: state_lib.TrainState) -> dict[str, float]:
         """Returns the scores that choose the best checkpoint."""
-        scores = self.answer(state).scores
+        scores = self.answer(run, state).scores
         return {"exact_match": scores.exact_match, "anls": scores.anls}
 
 
 def train(config: config_lib.RunConfig, workdir: pathlib.Path) -> None:
     """Runs the whole job, or what is left of it."""
-    if is_config_file(config.training.base):
-        base = train_base(config.training.base, workdir / "base")
-        config = dataclasses.replace(config, training=dataclasses.replace(config.training, base=str(base)))
+    base = config.training.base
+    if is_config_file(base):
+        found = dataclasses.replace(config.training, base=str(workdir / "base" / "model"))
+        config = dataclasses.replace(config, training=found)
+    with command_line.user_errors():
+        checkpoint.check_workdir(workdir, config)
+        exam = Exam(config) if config.data.eval_split else None
+    if is_config_file(base):
+        with command_line.user_errors():
+            setup.make_model(config)  # what is wrong with it is said before the base trains
+        train_base(base, workdir / "base")
     with command_line.user_errors():
         run, untrained = setup.make_run(config, workdir)
-        exam = Exam(run) if config.data.eval_split else None
-    before = _before(exam, untrained, workdir / "predictions_before.jsonl") if exam else []
+    before = _before(run, exam, untrained, workdir / "predictions_before.jsonl") if exam else []
     with command_line.user_errors():
         state = setup.start(run, untrained)
-    state = loop.fit(run, state, evaluate=exam.score if exam else None)
+    state = loop.fit(run, state, evaluate=functools.partial(exam.score, run) if exam else None)
     if exam:
         _report(run, exam, state, before)
 
@@ -79,11 +91,11 @@ def is_config_file(base: str) -> bool:
     return base.partition(":")[0].endswith(".py")
 
 
-def train_base(name: str, workdir: pathlib.Path) -> pathlib.Path:
-    """Trains a run whose result is another run's base, or what is left of it; returns the folder of its checkpoint."""
+def train_base(name: str, workdir: pathlib.Path) -> None:
+    """Trains a run whose result is another run's base, or what is left of it, and writes <workdir>/model."""
     target = workdir / "model"
     if target.is_dir():
-        return target
+        return
     with command_line.user_errors():
         config = command_line.load_config(name)
         logging.info("first the base: %s in %s", name, workdir)
@@ -98,18 +110,17 @@ def train_base(name: str, workdir: pathlib.Path) -> pathlib.Path:
         writers.write(partial, params, run.config.model, layout="moe_llava")
         partial.rename(target)
     multihost_utils.sync_global_devices("the base is written")
-    return target
 
 
 def _report(run: setup.Run, exam: Exam, state: state_lib.TrainState, before: list[dict]) -> None:
     """Asks the trained model and writes down what it and the controls score."""
     config, workdir = run.config, run.workdir
-    after = exam.answer(state)
+    after = exam.answer(run, state)
     results = {"before": scorers.aggregate(before), "after": after.scores}
     if config.evaluation.controls:
         known = sources.load_records(config.data, config.data.split)
         results["blind"] = blind.best_blind_baseline(known, after.asked).scores
-        results["shuffled"] = exam.answer(state, shuffle_images=True).scores
+        results["shuffled"] = exam.answer(run, state, shuffle_images=True).scores
     if jax.process_index() != 0:
         return
     report.write_predictions(workdir / "predictions.jsonl", after.predictions)
@@ -129,12 +140,12 @@ def _report(run: setup.Run, exam: Exam, state: state_lib.TrainState, before: lis
     print(f"\nreport: {workdir / 'report.html'}")
 
 
-def _before(exam: Exam, state: state_lib.TrainState, path: pathlib.Path) -> list[dict]:
+def _before(run: setup.Run, exam: Exam, state: state_lib.TrainState, path: pathlib.Path) -> list[dict]:
     """Returns the predictions of the untrained model; kept in a file, so a resumed run does not ask again."""
     if path.exists():
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     logging.info("asking the untrained model")
-    predictions = exam.answer(state).predictions
+    predictions = exam.answer(run, state).predictions
     if jax.process_index() == 0:
         report.write_predictions(path, predictions)
     return predictions

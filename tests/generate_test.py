@@ -86,7 +86,8 @@ def test_a_run_answers_with_its_newest_checkpoint(trained, picture, capsys):
     )
     tokenizer = tokenize.load_tokenizer("closed")
     transform = images_lib.transform_for(config.model.vision, config.data)
-    expected = runner.evaluate_records(graphdef, params, config, [record], tokenizer, transform).predictions[0]
+    questions = runner.prepare_questions([record], config, tokenizer, transform)
+    expected = runner.ask(graphdef, params, config, questions, tokenizer, transform).predictions[0]
     assert said.out == expected["prediction"] + "\n"
     assert said.out.strip()
     assert ("cut off after 4 tokens" in said.err) == expected["truncated"]

@@ -44,6 +44,21 @@ class EvaluationResult:
 
 
 @dataclasses.dataclass(frozen=True)
+class Questions:
+    """Records that can be asked.
+
+    Attributes:
+      records: in their order.
+      prompts: int32[T] of each, as `tokenize.encode_prompt` gives them.
+      skipped: how many records were left out, by reason (not those beyond max_questions).
+    """
+
+    records: list[Record]
+    prompts: list[np.ndarray]
+    skipped: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
 class _Bucket:
     """Questions that run under one static shape: their indices batch by batch, row length and image room."""
 
@@ -52,28 +67,19 @@ class _Bucket:
     num_images: int
 
 
-def evaluate_records(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
-    config: config_lib.RunConfig,
+def prepare_questions(
     records: Sequence[Record],
+    config: config_lib.RunConfig,
     tokenizer: Any,
     transform: images_lib.ImageTransform,
-    *,
-    shuffle_images: bool = False,
-) -> EvaluationResult:
-    """Returns the model's answers to the records, at most evaluation.max_questions of them, and their scores.
-
-    The model routes without capacity, whatever it trains with, so an answer does not depend on its batch.
+) -> Questions:
+    """Returns what will be asked: at most evaluation.max_questions of the records, checked and encoded.
 
     Args:
-      graphdef: of a `models.vlm.VLM`.
-      params: its parameters.
-      config: model, data (template, prompt, bad samples), generation and evaluation settings.
       records: held-out records; questions about one image next to each other are cheaper.
+      config: data (template, prompt, bad samples), generation.seed and evaluation settings.
       tokenizer: as `tokenize.load_tokenizer` gives it.
       transform: of the model's vision tower.
-      shuffle_images: ask every question about another record's image (`blind.shuffle_images`).
 
     Raises:
       ValueError: nothing to ask, or a record that cannot be asked where data.on_bad_sample is 'error'.
@@ -84,9 +90,37 @@ def evaluate_records(
     for reason, count in skipped.items():
         if count:
             logging.info("%d of %d records are not asked: %s", count, len(records), reason)
+    return Questions(asked, prompts, skipped)
+
+
+def ask(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    config: config_lib.RunConfig,
+    questions: Questions,
+    tokenizer: Any,
+    transform: images_lib.ImageTransform,
+    *,
+    shuffle_images: bool = False,
+) -> EvaluationResult:
+    """Returns the model's answers to the questions, and their scores.
+
+    The model routes without capacity, whatever it trains with, so an answer does not depend on its batch.
+
+    Args:
+      graphdef: of a `models.vlm.VLM`.
+      params: its parameters.
+      config: model, template, generation and evaluation.batch_size.
+      questions: from `prepare_questions`.
+      tokenizer: as `tokenize.load_tokenizer` gives it.
+      transform: of the model's vision tower.
+      shuffle_images: ask every question about another record's image (`blind.shuffle_images`).
+    """
+    asked = questions.records
     shown = blind.shuffle_images(asked, seed=config.generation.seed) if shuffle_images else asked
     graphdef = generate_lib.dropless_graphdef(graphdef, params)
-    answers = answer_prompts(graphdef, params, config, [r.images for r in shown], prompts, tokenizer, transform)
+    images = [record.images for record in shown]
+    answers = answer_prompts(graphdef, params, config, images, questions.prompts, tokenizer, transform)
     predictions = [
         {
             "id": record.id,
@@ -98,7 +132,7 @@ def evaluate_records(
         }
         for record, (text, stopped) in zip(asked, answers, strict=True)
     ]
-    return EvaluationResult(asked, predictions, scorers.aggregate(predictions), skipped)
+    return EvaluationResult(asked, predictions, scorers.aggregate(predictions), questions.skipped)
 
 
 def select_questions(records: Sequence[Record], *, limit: int, seed: int) -> list[Record]:

@@ -120,10 +120,10 @@ def make_run(config: config_lib.RunConfig, workdir: str | pathlib.Path) -> tuple
     data = pipeline.make_train_data(config, process_index=jax.process_index(), process_count=jax.process_count())
     optimizer_lib.check_groups(config.optimizer, list(tree.leaves(model.trainable)))
     num_steps = config.training.max_steps or data.total_steps(config.training.epochs)
+    trainable, frozen = initial_params(model, config)
     checkpoint.claim_workdir(workdir, config)  # only now: a workdir is not spent on a config that does not work
     show_coverage(model, workdir)
     config = dataclasses.replace(config, model=model.config)
-    trainable, frozen = initial_params(model, config)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, num_steps)
 
     state, abstract = make_state(model, trainable, optimizer, config.training.seed)

@@ -96,7 +96,8 @@ def records(tmp_path_factory):
 
 
 def evaluate(model, tokenizer, records, config=CONFIG, **kwargs):
-    return runner.evaluate_records(*model, config, records, tokenizer, TRANSFORM, **kwargs)
+    questions = runner.prepare_questions(records, config, tokenizer, TRANSFORM)
+    return runner.ask(*model, config, questions, tokenizer, TRANSFORM, **kwargs)
 
 
 def texts(result) -> list[str]:
