@@ -28,14 +28,14 @@ def get_config(argument: str = "tiny") -> config_lib.RunConfig:
 def _tiny() -> config_lib.RunConfig:
     model = presets.tiny(vocab_size=len(vocabulary.words()))
     model.quant = config_lib.QuantConfig(kind="nf4")
-    # The base's tower and projector are as young as the rest of it, and learn on; real ones are finished.
-    everywhere = (*adapters.ALL_LINEAR, r"projector/linears/\d+", r"vision/blocks/.*")
-    model.lora = config_lib.LoraConfig(rank=16, alpha=32.0, targets=everywhere)
+    # The base's tower, projector and head are as young as the rest of it, and learn on; real ones are finished.
+    young = (r"projector/linears/\d+", r"vision/(patch_embed|blocks/.*)", r"decoder/lm_head")
+    model.lora = config_lib.LoraConfig(rank=32, alpha=64.0, targets=(*adapters.ALL_LINEAR, *young))
     return config_lib.RunConfig(
         model=model,
         data=data_presets.embedded_mini(),
         optimizer=config_lib.OptimizerConfig(
-            name="adamw", learning_rate=4e-3, warmup_ratio=0.03, final_ratio=0.02, b2=0.98
+            name="adamw", learning_rate=8e-3, warmup_ratio=0.03, final_ratio=0.02, b2=0.98
         ),
         training=config_lib.TrainingConfig(
             **stages.LORA._asdict(),

@@ -1,4 +1,4 @@
-"""The main job as a user runs it, in processes of its own: to the end, and killed halfway."""
+"""The main job as a user runs it, in processes of its own: to the end, and killed in its base and after it."""
 
 import json
 import os
@@ -24,11 +24,26 @@ SMALL = (
     ),
 )
 
+# The base of SMALL's sizes; a config file of its own, as the command line's overrides are those of the run on it.
+BASE = """
+import runpy
+def get_config():
+    config = runpy.run_path("configs/base.py")["get_config"]()
+    vision, decoder, training = config.model.vision, config.model.decoder, config.training
+    vision.embed_dim, vision.num_layers, vision.mlp_dim = 16, 1, 16
+    decoder.embed_dim, decoder.mlp_dim, decoder.head_dim, decoder.rotary_dim = 32, 24, 8, 8
+    training.max_steps, training.checkpoint_every, training.log_every, training.batch_size = 8, 2, 1, 2
+    config.data.num_images = 40
+    return config
+"""
+
 
 def _command(cache: pathlib.Path, workdir: pathlib.Path, *arguments: str) -> dict:
     # Rendered images and compiled programs are kept in the user's cache folder; here in one of the test's own.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
-    command = [sys.executable, "-m", "moe_vlm_jax.train", *SMALL, f"--workdir={workdir}", *arguments]
+    (cache / "base.py").write_text(BASE)
+    base = f"--config.training.base={cache / 'base.py'}"
+    command = [sys.executable, "-m", "moe_vlm_jax.train", *SMALL, base, f"--workdir={workdir}", *arguments]
     return {"args": command, "env": environment, "cwd": ROOT, "text": True}
 
 
@@ -37,25 +52,32 @@ def _losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
     return [(line["step"], line["train/loss"]) for line in lines]
 
 
+def _kill_at_its_first_checkpoint(command: dict, workdir: pathlib.Path) -> None:
+    process = subprocess.Popen(**command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while not any((workdir / "checkpoints").glob("[0-9]")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_halfway_ends_as_one_that_is_not(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = subprocess.run(**_command(tmp_path, whole), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
-    process = subprocess.Popen(**_command(tmp_path, cut), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 300
-    while not any((cut / "checkpoints").glob("[0-9]")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    _kill_at_its_first_checkpoint(_command(tmp_path, cut), cut / "base")
+    assert not (cut / "base" / "model").exists()
+    _kill_at_its_first_checkpoint(_command(tmp_path, cut), cut)
     assert not (cut / "results.json").exists()
 
     again = subprocess.run(**_command(tmp_path, cut), capture_output=True, check=False)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "restored checkpoint" in again.stderr
     assert "asking the untrained model" not in again.stderr
+    assert _losses(cut / "base") == _losses(whole / "base")
     assert _losses(cut) == _losses(whole)
     assert [step for step, _ in _losses(whole)] == list(range(1, 13))
     for name in ("predictions.jsonl", "results.json"):
