@@ -41,6 +41,7 @@ def one_batch(seed: int):
     return jax.tree.map(lambda x: x[0], examples.random_batch(config, rows=2, length=13, seed=seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dispatch", ["dropless", "capacity", "dense"])
 def test_a_new_adapter_changes_no_bit_of_the_logits(dispatch):
     config = lora_config()
@@ -145,6 +146,7 @@ def test_adapters_of_experts_that_no_token_chose_have_exactly_no_gradient(dispat
     assert any(np.any(value[:, 2:] != 0.0) for value in gradients(router).values())
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_the_key_alone_and_touches_the_adapters_only():
     config = lora_config(dropout=0.4)
     graphdef, params = examples.random_model(config, seed=5)

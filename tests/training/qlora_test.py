@@ -54,7 +54,7 @@ def _arrays(state: nnx.State) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.array(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", *(pytest.param(k, marks=pytest.mark.slow) for k in ("int4", "int8"))])
 def test_after_three_steps_the_base_has_every_byte_and_every_adapter_has_moved(kind):
     train_step, state, frozen = _fresh(qlora_config(stages.LORA_AND_ROUTERS, kind=kind))
     before, base = _arrays(state.trainable), _arrays(frozen)
@@ -75,6 +75,7 @@ def test_after_three_steps_the_base_has_every_byte_and_every_adapter_has_moved(k
     assert moments == 2 * sum(x.size for x in jax.tree.leaves(state.trainable))
 
 
+@pytest.mark.slow
 def test_remat_policies_train_alike():
     """'none' multiplies with codes by a derivative of its own, 'full' and 'dots' dequantise in the layer body."""
     found = {}
@@ -90,6 +91,7 @@ def test_remat_policies_train_alike():
             np.testing.assert_allclose(value, found["none"][0][name], rtol=1e-5, atol=2e-6, err_msg=f"{remat} {name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_no_dequantised_kernel_is_kept_from_forward_to_backward(remat):
     """A residual of a scanned layer is stacked over the repeats of its group; here 3, an axis of no other meaning."""
