@@ -141,10 +141,10 @@ def _report(run: setup.Run, exam: Exam, state: state_lib.TrainState, before: lis
 
 
 def _before(run: setup.Run, exam: Exam, state: state_lib.TrainState, path: pathlib.Path) -> list[dict]:
-    """Returns the predictions of the untrained model; kept in a file, so a resumed run does not ask again."""
+    """Returns the predictions before training; kept in a file, so a resumed run does not ask again."""
     if path.exists():
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    logging.info("asking the untrained model")
+    logging.info("asking the model before it trains")
     predictions = exam.answer(run, state).predictions
     if jax.process_index() == 0:
         report.write_predictions(path, predictions)

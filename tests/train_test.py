@@ -76,7 +76,7 @@ def test_a_run_that_is_killed_halfway_ends_as_one_that_is_not(tmp_path):
     again = subprocess.run(**_command(tmp_path, cut), capture_output=True, check=False)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "restored checkpoint" in again.stderr
-    assert "asking the untrained model" not in again.stderr
+    assert "asking the model before it trains" not in again.stderr
     assert _losses(cut / "base") == _losses(whole / "base")
     assert _losses(cut) == _losses(whole)
     assert [step for step, _ in _losses(whole)] == list(range(1, 13))
@@ -88,7 +88,7 @@ def test_a_run_that_is_killed_halfway_ends_as_one_that_is_not(tmp_path):
     for scores in results.values():
         assert 0 <= scores["exact_match"] <= scores["anls"] <= 1
     assert len((whole / "predictions.jsonl").read_text().splitlines()) == 20
-    assert "untrained  trained  blind  shuffled" in done.stdout
+    assert "before  after  blind  shuffled" in done.stdout
     page = (whole / "report.html").read_text()
     assert page.count("data:image/") >= 1
 

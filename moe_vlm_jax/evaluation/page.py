@@ -39,7 +39,7 @@ def write_page(
       note: one sentence below it, e.g. what the questions and the controls are.
       records: the records that were asked.
       after: predictions for them (`runner.EvaluationResult.predictions`), matched by id.
-      before: the same of the untrained model, or None.
+      before: the same before training, or None.
       results: scores by the names of report.COLUMNS.
       num_samples: about how many questions to show, all questions of an image together.
       load_image: image reference -> PIL image.
@@ -63,7 +63,7 @@ def write_page(
 
 def _html_table(results: Mapping[str, scorers.Scores], metric: str, head: str) -> str:
     names = [name for name in report.COLUMNS if name in results]
-    heads = "".join(f'<th scope="col" class="{name}">{html.escape(report.COLUMNS[name])}</th>' for name in names)
+    heads = "".join(f'<th scope="col" class="{name}">{html.escape(name)}</th>' for name in names)
     rows = "".join(
         f'<tr><th scope="row">{html.escape(kind)}</th><td>{count}</td>'
         + "".join(f'<td class="{name}">{cell}</td>' for name, cell in zip(names, cells, strict=True))
@@ -106,8 +106,8 @@ def _card(
         answers = " <i>or</i> ".join(html.escape(answer) for answer in dict.fromkeys(record.answers))
         lines = [f"<dt>gold</dt><dd>{answers}</dd>"]
         if then is not None:
-            lines.append(f"<dt>untrained</dt>{_verdict(then)}")
-        lines.append(f"<dt>{'trained' if before else 'model'}</dt>{_verdict(now)}")
+            lines.append(f"<dt>before</dt>{_verdict(then)}")
+        lines.append(f"<dt>{'after' if before else 'model'}</dt>{_verdict(now)}")
         kind = f'<span class="kind">{html.escape(record.answer_type)}</span>' if record.answer_type else ""
         asked.append(f"<li><p>{html.escape(now['question'])} {kind}</p><dl>{''.join(lines)}</dl></li>")
     return f"<article><figure>{pictures}</figure><ol>{''.join(asked)}</ol></article>"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from moe_vlm_jax.evaluation import scorers
 
 # Names of results.json -> column heads, in order.
-COLUMNS = {"before": "untrained", "after": "trained", "blind": "blind", "shuffled": "shuffled"}
+COLUMNS = ("before", "after", "blind", "shuffled")
 
 
 def write_predictions(path: str | os.PathLike, predictions: Sequence[Mapping]) -> None:
@@ -25,13 +25,13 @@ def write_results(path: str | os.PathLike, results: Mapping[str, scorers.Scores]
 def console_table(results: Mapping[str, scorers.Scores]) -> str:
     """Returns exact match and ANLS of each column of COLUMNS that results has, overall and per question type.
 
-                  questions  untrained  trained  blind  shuffled
+                  questions  before  after  blind  shuffled
     exact match
       all               500      0.002    0.712  0.250     0.180
       image-span        160      0.000    0.806  0.125     0.106
     """
     names = [name for name in COLUMNS if name in results]
-    rows = [["", "questions", *(COLUMNS[name] for name in names)]]
+    rows = [["", "questions", *names]]
     for metric, title in (("exact_match", "exact match"), ("anls", "ANLS")):
         rows.append([title])
         for kind, count, cells in table_rows(results, names, metric):

@@ -19,7 +19,7 @@ RESULTS = {
 
 def test_the_console_table_shows_every_column_side_by_side_overall_and_for_each_type():
     lines = report.console_table(RESULTS).splitlines()
-    assert lines[0].split() == ["questions", "untrained", "trained", "blind"]
+    assert lines[0].split() == ["questions", "before", "after", "blind"]
     assert [line.split() for line in lines[1:5]] == [
         ["exact", "match"],
         ["all", "120", "0.000", "0.717", "0.250"],
