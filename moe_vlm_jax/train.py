@@ -63,8 +63,8 @@ class Exam:
         return {"exact_match": scores.exact_match, "anls": scores.anls}
 
 
-def train(config: config_lib.RunConfig, workdir: pathlib.Path) -> None:
-    """Runs the whole job, or what is left of it."""
+def train(config: config_lib.RunConfig, workdir: pathlib.Path) -> tuple[setup.Run, state_lib.TrainState]:
+    """Runs the whole job, or what is left of it, and returns the run and its last state."""
     base = config.training.base
     if is_config_file(base):
         found = dataclasses.replace(config.training, base=str(workdir / "base" / "model"))
@@ -84,6 +84,7 @@ def train(config: config_lib.RunConfig, workdir: pathlib.Path) -> None:
     state = loop.fit(run, state, evaluate=functools.partial(exam.score, run) if exam else None)
     if exam:
         _report(run, exam, state, before)
+    return run, state
 
 
 def is_config_file(base: str) -> bool:
@@ -98,10 +99,8 @@ def train_base(name: str, workdir: pathlib.Path) -> None:
         return
     with command_line.user_errors():
         config = command_line.load_config(name)
-        logging.info("first the base: %s in %s", name, workdir)
-        run, state = setup.make_run(config, workdir)
-        state = setup.start(run, state)
-    state = loop.fit(run, state)
+    logging.info("first the base: %s in %s", name, workdir)
+    run, state = train(config, workdir)
     run.checkpoints.close()
     if jax.process_index() == 0:
         partial = target.with_name("model.partial")
@@ -136,8 +135,9 @@ def _report(run: setup.Run, exam: Exam, state: state_lib.TrainState, before: lis
         num_samples=config.evaluation.page_samples,
         load_image=exam.transform.load,
     )
+    print(f"{workdir}, held-out questions:")
     print(report.console_table(results))
-    print(f"\nreport: {workdir / 'report.html'}")
+    print(f"report: {workdir / 'report.html'}\n")
 
 
 def _before(run: setup.Run, exam: Exam, state: state_lib.TrainState, path: pathlib.Path) -> list[dict]:
