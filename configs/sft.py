@@ -35,7 +35,7 @@ def _tiny() -> config_lib.RunConfig:
         model=model,
         data=data_presets.embedded_mini(),
         optimizer=config_lib.OptimizerConfig(
-            name="adamw", learning_rate=8e-3, warmup_ratio=0.03, final_ratio=0.02, b2=0.98
+            name="adamw", learning_rate=4e-3, warmup_ratio=0.03, final_ratio=0.02, b2=0.98
         ),
         training=config_lib.TrainingConfig(
             **stages.LORA._asdict(),
