@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import pairing, run, workload
+from benchmarks import data, pairing, run, workload
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -33,6 +33,11 @@ def test_every_text_token_but_the_first_of_a_row_is_learned():
     batch = workload.make_batch(workload.Shape(embed_dim=64, num_rows=2, stage="full").config())
     assert int((batch.labels != -100).sum()) == 2 * (workload.ROW_LENGTH - workload.IMAGE_TOKENS - 1)
     assert batch.images.shape[0] == 2 and int((batch.image_slot >= 0).sum()) == 2 * workload.IMAGE_TOKENS
+
+
+def test_the_data_benchmark_starts_from_random_weights():
+    """A config with a base of its own would have to train that first."""
+    assert data._config(batch_size=2).training.base == ""
 
 
 @pytest.mark.slow
