@@ -86,6 +86,9 @@ class MoEConfig:
     eval_capacity_factor: float = 2.0
     min_capacity: int = 0
     capacity_group: str = "batch"  # tokens that compete for slots: the whole batch (reference) or each row
+    # How a mesh's devices exchange tokens: shard_map (collectives written out) | gspmd (the compiler's choice, slower;
+    # what the other is tested against).
+    expert_parallel: str = "shard_map"
     use_residual: bool = False  # adds the dense MLP beside the experts, mixed by a learned coefficient
     balance_coef: float = 0.01  # times the SUM over MoE layers
     router_z_coef: float = 0.0
@@ -226,7 +229,7 @@ class TrainingConfig:
     accumulation: int = 2  # micro-batches of one step
     epochs: float = 3.0
     max_steps: int = 0  # > 0 replaces epochs
-    loss_chunk: int = 1024  # tokens whose logits exist at one time; 0: all at once
+    loss_chunk: int = 1024  # tokens whose logits exist at one time on a device that holds rows; 0: all at once
     log_every: int = 10
     checkpoint_every: int = 200
     checkpoint_seconds: float = 0.0  # also save when this many seconds have passed; 0: never

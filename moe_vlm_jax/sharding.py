@@ -72,6 +72,21 @@ def make_mesh(config: config_lib.MeshConfig, devices: Sequence[Any] | None = Non
     return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def num_row_devices(mesh: jax.sharding.Mesh | None) -> int:
+    """Returns over how many devices a batch's rows are spread; 1 without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def spread_rows(x: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    """Returns x with its first axis held to ROWS, so that the compiler looks for no other layout of activations.
+
+    Rows that do not divide evenly, as in a small prompt batch, are left to the compiler.
+    """
+    if mesh is None or x.shape[0] % num_row_devices(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS)))
+
+
 def spec_for(path: str, rank: int) -> PartitionSpec:
     """Returns where the parameter at this path, of this number of axes, lies.
 
@@ -128,7 +143,7 @@ def batch_shardings(batch: batch_lib.Batch, mesh: jax.sharding.Mesh, *, accumula
       accumulated: whether a leading axis of micro-batches precedes the rows.
     """
     lead = (None,) if accumulated else ()
-    row_devices = math.prod(mesh.shape[axis] for axis in ROWS)
+    row_devices = num_row_devices(mesh)
 
     def place(array) -> NamedSharding:
         divisible = array.shape[len(lead)] % row_devices == 0

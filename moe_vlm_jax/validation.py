@@ -25,6 +25,7 @@ _CHOICES = {
     "model.moe.dispatch": ("dropless", "capacity", "dense"),
     "model.moe.grouped_matmul": ("auto", "ragged", "blocks"),
     "model.moe.capacity_group": ("batch", "row"),
+    "model.moe.expert_parallel": ("shard_map", "gspmd"),
     "data.source": ("embedded", "easy_vqa", "llava", "infographicvqa"),
     "data.difficulty": ("mini", "full"),
     "data.template": (

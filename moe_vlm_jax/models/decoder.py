@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_vlm_jax import config as config_lib
+from moe_vlm_jax import sharding
 from moe_vlm_jax.models import placement, vision
 from moe_vlm_jax.moe import layer as moe_layer
 from moe_vlm_jax.moe import router as router_lib
@@ -41,7 +42,15 @@ class Block(nnx.Module):
     Parallel (Phi-2): x + attention(n) + mlp(n) with n = norm(x); sequential: two norms, one after the other.
     """
 
-    def __init__(self, config: config_lib.ModelConfig, num_experts: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: config_lib.ModelConfig,
+        num_experts: int,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        mesh: jax.sharding.Mesh | None,
+    ):
         dec = config.decoder
         mlp_kwargs = {"gated": dec.gated_mlp, "act": dec.activation, "bias": dec.mlp_bias, "dtype": dtype, "rngs": rngs}
         self.attention_norm = norms.Norm(dec.embed_dim, kind=dec.norm, eps=dec.norm_eps, dtype=dtype)
@@ -59,7 +68,7 @@ class Block(nnx.Module):
             None if dec.parallel_block else norms.Norm(dec.embed_dim, kind=dec.norm, eps=dec.norm_eps, dtype=dtype)
         )
         if num_experts:
-            self.moe = moe_layer.MoELayer(num_experts, dec.embed_dim, dec.mlp_dim, config.moe, **mlp_kwargs)
+            self.moe = moe_layer.MoELayer(num_experts, dec.embed_dim, dec.mlp_dim, config.moe, mesh=mesh, **mlp_kwargs)
         else:
             self.mlp = mlp.MLP(dec.embed_dim, dec.mlp_dim, **mlp_kwargs)
         self.num_experts = num_experts
@@ -102,14 +111,21 @@ class Block(nnx.Module):
 class Unit(nnx.Module):
     """The blocks that repeat together in one group (models/placement.py)."""
 
-    def __init__(self, config, experts: tuple[int, ...], *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.blocks = nnx.List([Block(config, e, dtype=dtype, rngs=rngs) for e in experts])
+    def __init__(self, config, experts: tuple[int, ...], *, dtype: jnp.dtype, rngs: nnx.Rngs, mesh):
+        self.blocks = nnx.List([Block(config, e, dtype=dtype, rngs=rngs, mesh=mesh) for e in experts])
 
 
 class Decoder(nnx.Module):
     """Embeddings in, hidden states out; `embed` and `head` connect it to tokens."""
 
-    def __init__(self, config: config_lib.ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: config_lib.ModelConfig,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
         dec = config.decoder
         self.embed = nnx.Embed(
             dec.vocab_size,
@@ -121,7 +137,7 @@ class Decoder(nnx.Module):
         self.layout = placement.group_layers(config.layer_experts)
 
         def stack(group: placement.LayerGroup) -> Unit:
-            make = nnx.vmap(lambda r: Unit(config, group.experts, dtype=dtype, rngs=r), in_axes=0, out_axes=0)
+            make = nnx.vmap(lambda r: Unit(config, group.experts, dtype=dtype, rngs=r, mesh=mesh), in_axes=0, out_axes=0)
             return make(rngs.split(group.repeats))
 
         self.groups = nnx.List([stack(group) for group in self.layout])
@@ -132,6 +148,7 @@ class Decoder(nnx.Module):
             else linear.Linear(dec.embed_dim, dec.vocab_size, bias=dec.lm_head_bias, dtype=dtype, rngs=rngs)
         )
         self.config = config
+        self.mesh = mesh
 
     def logits(self, hidden: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Returns float32[..., V] scores of hidden states float[..., D].
@@ -233,6 +250,7 @@ class Decoder(nnx.Module):
                     noise=unit_noise[b],
                     cache=None if unit_caches is None else unit_caches[b],
                 )
+                carry = sharding.spread_rows(carry, self.mesh)
                 outputs.append((router_output, cache, carry if collect_blocks else None))
             return carry, tuple(outputs)
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
+from moe_vlm_jax import sharding
 from moe_vlm_jax.models import adapters, decoder, projector, vision
 from moe_vlm_jax.moe import router as router_lib
 from moe_vlm_jax.nn import attention, dropout
@@ -52,14 +53,22 @@ class KVCache(NamedTuple):
 class VLM(nnx.Module):
     """A LLaVA-style model whose decoder may hold mixture-of-experts layers."""
 
-    def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs, mesh: jax.sharding.Mesh | None = None):
+        """Makes the model with random parameters.
+
+        Args:
+          config: of the model.
+          rngs: source of the 'params' keys.
+          mesh: the devices that it will run on, from `sharding.make_mesh`; None for one. Parameters do not depend on it.
+        """
         dtype = jnp.dtype(config.param_dtype)
         self.vision = vision.VisionTower(config.vision, dtype=dtype, remat=config.remat, rngs=rngs)
         self.projector = projector.Projector(
             config.projector, config.vision.embed_dim, config.decoder.embed_dim, dtype=dtype, rngs=rngs
         )
-        self.decoder = decoder.Decoder(config, dtype=dtype, rngs=rngs)
+        self.decoder = decoder.Decoder(config, dtype=dtype, rngs=rngs, mesh=mesh)
         self.config = config
+        self.mesh = mesh
         adapters.attach(self, config.lora, rngs=rngs)
 
     def encode_images(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
@@ -68,15 +77,28 @@ class VLM(nnx.Module):
         features = self.vision(images, dtype=jnp.dtype(self.config.compute_dtype), key=vision_key)
         return self.projector(features, key=projector_key)
 
-    def embed(self, batch: batch_lib.Batch, *, key: jax.Array | None = None) -> jax.Array:
-        """Returns float[B, T, D]: word embeddings, image tokens at their slots, zeros at padding (as the reference)."""
+    def embed(self, batch: batch_lib.Batch, *, own_images: bool = False, key: jax.Array | None = None) -> jax.Array:
+        """Returns float[B, T, D]: word embeddings, image tokens at their slots, zeros at padding (as the reference).
+
+        Args:
+          batch: rows of T slots.
+          own_images: whether image i belongs to row i // (I / B), as in training batches (data/trees.py). Over a mesh,
+            each device then looks among its own rows' images; else it needs all.
+          key: for adapters' dropout; None turns it off.
+        """
         x = self.decoder.embed.embedding[...][batch.tokens].astype(jnp.dtype(self.config.compute_dtype))
         if batch.images is not None:
-            features = self.encode_images(batch.images, key=key)
-            features = features.reshape(-1, features.shape[-1])  # [I * P, D]
+            features = sharding.spread_rows(self.encode_images(batch.images, key=key), self.mesh)  # [I, P, D]
             is_image = batch.image_slot >= 0
-            x = jnp.where(is_image[..., None], features[jnp.maximum(batch.image_slot, 0)], x)
-        return jnp.where(batch.valid[..., None], x, 0)
+            if own_images and sharding.num_row_devices(self.mesh) > 1:
+                features = features.reshape(batch.tokens.shape[0], -1, features.shape[-1])  # [B, I / B * P, D]
+                first = jnp.arange(features.shape[0])[:, None] * features.shape[1]
+                slot = jnp.maximum(batch.image_slot - first, 0)
+                found = jnp.take_along_axis(features, slot[..., None], axis=1, mode="clip")
+            else:
+                found = features.reshape(-1, features.shape[-1])[jnp.maximum(batch.image_slot, 0)]
+            x = jnp.where(is_image[..., None], found, x)
+        return sharding.spread_rows(jnp.where(batch.valid[..., None], x, 0), self.mesh)
 
     def __call__(
         self,
@@ -192,7 +214,7 @@ class VLM(nnx.Module):
             train=train,
         )
         out = self.decoder(
-            self.embed(batch, key=image_key),
+            self.embed(batch, own_images=train, key=image_key),
             position=batch.position,
             mask=mask,
             context=context,

@@ -35,15 +35,17 @@ def dropless(
     *,
     grouped_matmul: str,
     block_rows: int,
+    mostly_empty: bool = False,
 ) -> jax.Array:
     """Returns the same as dense with only the chosen experts computed, float[M, D].
 
     Args:
       x: float[M, D] tokens.
-      routed: choices; tokens with weight 0 everywhere take no row.
+      routed: choices; tokens with weight 0 everywhere take no row, nor does a choice of expert E, which is elsewhere.
       experts: the layer's experts.
       grouped_matmul: 'ragged' or 'blocks'; 'auto' takes ragged on TPU, the one backend with a kernel for it.
       block_rows: rows of a block; at most (E - 1) blocks are padding.
+      mostly_empty: whether many choices go elsewhere, so that skipping blocks without a row pays.
     """
     tokens, top_k = routed.index.shape
     num_experts = routed.probs.shape[-1]
@@ -57,7 +59,8 @@ def dropless(
     sizes = chosen.sum(axis=0)
     padded = -(-sizes // block) * block
     ends = jnp.cumsum(padded)
-    num_rows = (tokens * top_k + num_experts * (block - 1)) // block * block
+    most = min(top_k, num_experts)  # a token's choices differ, so no more of them are here
+    num_rows = (tokens * most + num_experts * (block - 1)) // block * block
     start = jnp.sum(chosen * (ends - padded), axis=-1)
     row_of_pair = jnp.where(expert < num_experts, start + rank, num_rows).astype(jnp.int32)
     row_of_token = row_of_pair.reshape(tokens, top_k)
@@ -68,7 +71,8 @@ def dropless(
     else:
         block_start = jnp.arange(num_rows // block) * block
         expert_of_block = jnp.sum(block_start[:, None] >= ends[None, :-1], axis=-1)  # unused blocks: the last expert
-        layout = layouts.Blocks(expert_of_block.astype(jnp.int32))
+        used = block_start < ends[-1] if mostly_empty else None
+        layout = layouts.Blocks(expert_of_block.astype(jnp.int32), used)
     rows = permute.rows_from_tokens(x, pair_of_row // top_k, row_of_token)
     outputs = permute.tokens_from_rows(experts(rows, layout), row_of_token, pair_of_row)  # [M, k, D]
     return jnp.einsum("Mk,MkD->MD", routed.weight.astype(x.dtype), outputs)

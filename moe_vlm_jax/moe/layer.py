@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax.moe import dispatch
+from moe_vlm_jax import sharding
+from moe_vlm_jax.moe import dispatch, expert_parallel
 from moe_vlm_jax.moe import experts as experts_lib
 from moe_vlm_jax.moe import router as router_lib
 from moe_vlm_jax.nn import dropout, linear, mlp
@@ -28,8 +29,16 @@ class MoELayer(nnx.Module):
         bias: bool,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
+        mesh: jax.sharding.Mesh | None = None,
     ):
+        parts, by_batch = sharding.num_row_devices(mesh), config.capacity_group == "batch"
+        if config.dispatch == "capacity" and by_batch and parts > 1 and config.expert_parallel == "shard_map":
+            raise ValueError(
+                f"model.moe.capacity_group='batch' lets the tokens of all rows compete, but the rows lie on {parts} "
+                "devices; use 'row', or model.moe.expert_parallel='gspmd'."
+            )
         kwargs = {"gated": gated, "act": act, "bias": bias, "dtype": dtype, "rngs": rngs}
+        self.num_experts = num_experts
         self.router = router_lib.TopKRouter(embed_dim, num_experts, config, rngs=rngs)
         self.experts = experts_lib.Experts(num_experts, embed_dim, mlp_dim, **kwargs)
         self.residual = mlp.MLP(embed_dim, mlp_dim, **kwargs) if config.use_residual else None
@@ -37,6 +46,7 @@ class MoELayer(nnx.Module):
             linear.Linear(embed_dim, 2, bias=True, dtype=dtype, rngs=rngs) if config.use_residual else None
         )
         self.config = config
+        self.mesh = mesh
 
     def __call__(
         self, x: jax.Array, context: router_lib.RouteContext, *, key: jax.Array | None = None
@@ -45,8 +55,7 @@ class MoELayer(nnx.Module):
         flat = x.reshape(-1, x.shape[-1])
         routed = self.router(flat, context)
         experts_key, residual_key, coefficient_key = dropout.split(key, 3)
-        experts = functools.partial(self.experts, key=experts_key)
-        y, dropped = self._dispatch(flat, routed, context, experts)
+        y, dropped = self._dispatch(flat, routed, context, experts_key)
         y = y.reshape(x.shape)
         if self.residual is not None and self.coefficient is not None:
             logits = self.coefficient(x, key=coefficient_key).astype(jnp.float32)
@@ -54,42 +63,57 @@ class MoELayer(nnx.Module):
             y = y * share[..., 0:1] + self.residual(x, key=residual_key) * share[..., 1:2]
         return y, routed._replace(dropped=dropped)
 
-    def _dispatch(self, flat, routed, context, experts: dispatch.Experts) -> tuple[jax.Array, jax.Array]:
-        config = self.config
-        match config.dispatch:
-            case "dense":
-                return dispatch.dense(flat, routed, experts), jnp.zeros((), jnp.float32)
-            case "dropless":
-                y = dispatch.dropless(
-                    flat, routed, experts, grouped_matmul=config.grouped_matmul, block_rows=config.block_rows
-                )
-                return y, jnp.zeros((), jnp.float32)
-            case "capacity":
-                return self._capacity(flat, routed, context, experts)
-        raise ValueError(f"moe.dispatch={config.dispatch!r} is unknown; use dropless, capacity or dense.")
-
-    def _capacity(self, flat, routed, context, experts: dispatch.Experts) -> tuple[jax.Array, jax.Array]:
-        config = self.config
-        num_groups = context.valid.shape[0] if config.capacity_group == "row" else 1
-        slots = dispatch.capacity_of(
-            flat.shape[0] // num_groups,
-            routed.probs.shape[-1],
-            config.top_k,
-            factor=config.capacity_factor if context.train else config.eval_capacity_factor,
-            minimum=config.min_capacity,
-        )
+    def _dispatch(self, flat, routed, context, key) -> tuple[jax.Array, jax.Array]:
+        """Runs the config's dispatch: over the mesh where its devices share the rows evenly, else on all tokens."""
+        config, has_slots = self.config, self.config.dispatch == "capacity"
         takes_slot = jnp.ones(flat.shape[0], bool) if config.padding_takes_capacity else context.valid.reshape(-1)
         # The draw of the uniform noise belongs to the token's first choice (DeepSpeed's random token selection).
         priority = None
         if config.random_token_selection and config.top_k == 1 and context.noise is not None:
             priority = jnp.take_along_axis(context.noise, routed.index, axis=-1)[:, 0]
-        return dispatch.capacity(
-            flat,
-            routed,
-            experts,
-            takes_slot=takes_slot,
-            num_groups=num_groups,
-            capacity=slots,
-            renormalize=config.renormalize,
-            priority=priority,
+        num_rows, parts = context.valid.shape[0], sharding.num_row_devices(self.mesh)
+        if self.mesh is None or parts == 1 or num_rows % parts or config.expert_parallel == "gspmd":
+            run = functools.partial(self._run, num_rows=num_rows, train=context.train)
+            return run(functools.partial(self.experts, key=key), flat, routed, takes_slot, priority)
+        # Slots belong to rows; without slots, nothing asks for rows.
+        run = functools.partial(self._run, num_rows=num_rows // parts, train=context.train)
+        return expert_parallel.apply(
+            run, self.experts, flat, routed, takes_slot, priority, key=key, mesh=self.mesh, has_slots=has_slots
         )
+
+    def _run(self, experts, x, routed, takes_slot, priority, *, num_rows, train) -> tuple[jax.Array, jax.Array]:
+        """Returns float[M, D] and the number of dropped assignments of M tokens in num_rows rows."""
+        config = self.config
+        match config.dispatch:
+            case "dense":
+                return dispatch.dense(x, routed, experts), jnp.zeros((), jnp.float32)
+            case "dropless":
+                y = dispatch.dropless(
+                    x,
+                    routed,
+                    experts,
+                    grouped_matmul=config.grouped_matmul,
+                    block_rows=config.block_rows,
+                    mostly_empty=routed.probs.shape[-1] < self.num_experts,
+                )
+                return y, jnp.zeros((), jnp.float32)
+            case "capacity":
+                num_groups = num_rows if config.capacity_group == "row" else 1
+                slots = dispatch.capacity_of(
+                    x.shape[0] // num_groups,
+                    self.num_experts,
+                    config.top_k,
+                    factor=config.capacity_factor if train else config.eval_capacity_factor,
+                    minimum=config.min_capacity,
+                )
+                return dispatch.capacity(
+                    x,
+                    routed,
+                    experts,
+                    takes_slot=takes_slot,
+                    num_groups=num_groups,
+                    capacity=slots,
+                    renormalize=config.renormalize,
+                    priority=priority,
+                )
+        raise ValueError(f"moe.dispatch={config.dispatch!r} is unknown; use dropless, capacity or dense.")

@@ -37,12 +37,18 @@ class Slots(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Blocks of sorted rows; expert_of_block int32[n], non-decreasing."""
+    """Blocks of sorted rows.
+
+    Attributes:
+      expert_of_block: int32[n], non-decreasing.
+      used: bool[n] False for blocks that hold no row and are not computed; None computes all.
+    """
 
     expert_of_block: jax.Array
+    used: jax.Array | None = None
 
     def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
-        return block_matmul(rows, kernel, self.expert_of_block)
+        return block_matmul(rows, kernel, self.expert_of_block, self.used)
 
     def add_bias(self, rows: jax.Array, bias: jax.Array) -> jax.Array:
         blocks = rows.reshape(self.expert_of_block.shape[0], -1, rows.shape[-1])
@@ -66,7 +72,9 @@ class Ragged(NamedTuple):
 
 
 @jax.custom_vjp
-def block_matmul(rows: jax.Array, kernel: jax.Array, expert_of_block: jax.Array) -> jax.Array:
+def block_matmul(
+    rows: jax.Array, kernel: jax.Array, expert_of_block: jax.Array, used: jax.Array | None = None
+) -> jax.Array:
     """Returns float[n * b, F]: each block of rows times its own expert's matrix.
 
     A loop over blocks does exactly the work of the blocks; `lax.ragged_dot` on CPU multiplies every row with every
@@ -77,19 +85,27 @@ def block_matmul(rows: jax.Array, kernel: jax.Array, expert_of_block: jax.Array)
       rows: float[n * b, D].
       kernel: float[E, D, F].
       expert_of_block: int32[n].
+      used: bool[n]; blocks without rows give zeros. None computes all of them.
     """
-    return _multiply_blocks(rows, kernel, expert_of_block, contract=1)
+    return _multiply_blocks(rows, kernel, expert_of_block, used, contract=1)
 
 
-def _multiply_blocks(rows: jax.Array, kernel: jax.Array, expert_of_block: jax.Array, *, contract: int) -> jax.Array:
+def _multiply_blocks(rows, kernel, expert_of_block, used, *, contract: int) -> jax.Array:
     """Multiplies with the kernel's axis `contract` (1 in, 2 out): a transposed kernel is never made."""
     blocks = _as_blocks(rows, expert_of_block)
 
-    def one_block(_, block_and_expert):
-        block, expert = block_and_expert
-        return None, jax.lax.dot_general(block, kernel[expert], (((1,), (contract - 1,)), ((), ())))
+    def one_block(_, step):
+        block, expert, is_used = step
 
-    _, out = jax.lax.scan(one_block, None, (blocks, expert_of_block))
+        def product() -> jax.Array:
+            return jax.lax.dot_general(block, kernel[expert], (((1,), (contract - 1,)), ((), ())))
+
+        if is_used is None:
+            return None, product()
+        width = kernel.shape[3 - contract]
+        return None, jax.lax.cond(is_used, product, lambda: jnp.zeros((block.shape[0], width), block.dtype))
+
+    _, out = jax.lax.scan(one_block, None, (blocks, expert_of_block, used))
     return out.reshape(rows.shape[0], -1)
 
 
@@ -97,29 +113,32 @@ def _as_blocks(rows: jax.Array, expert_of_block: jax.Array) -> jax.Array:
     return rows.reshape(expert_of_block.shape[0], -1, rows.shape[-1])
 
 
-def _block_fwd(rows, kernel, expert_of_block):
-    return block_matmul(rows, kernel, expert_of_block), (rows, kernel, expert_of_block)
+def _block_fwd(rows, kernel, expert_of_block, used):
+    return block_matmul(rows, kernel, expert_of_block, used), (rows, kernel, expert_of_block, used)
 
 
 def _block_bwd(residuals, cotangent):
-    rows, kernel, expert_of_block = residuals
+    rows, kernel, expert_of_block, used = residuals
     # Two loops, so that the second is dead code where the kernel is frozen.
-    row_gradient = _multiply_blocks(cotangent, kernel, expert_of_block, contract=2)
+    row_gradient = _multiply_blocks(cotangent, kernel, expert_of_block, used, contract=2)
     # XLA:CPU is faster with the narrower factor on the left: a wide kernel's gradient is summed up transposed.
     transposed = kernel.shape[1] > kernel.shape[2]
     left, right = (cotangent, rows) if transposed else (rows, cotangent)
 
     def add_block(total, step):
-        left_block, right_block, expert = step
-        product = jnp.dot(left_block.T, right_block, preferred_element_type=jnp.float32)
-        return total.at[expert].add(product), None
+        left_block, right_block, expert, is_used = step
 
-    steps = (_as_blocks(left, expert_of_block), _as_blocks(right, expert_of_block), expert_of_block)
+        def added(total: jax.Array) -> jax.Array:
+            return total.at[expert].add(jnp.dot(left_block.T, right_block, preferred_element_type=jnp.float32))
+
+        return added(total) if is_used is None else jax.lax.cond(is_used, added, lambda total: total, total), None
+
+    steps = (_as_blocks(left, expert_of_block), _as_blocks(right, expert_of_block), expert_of_block, used)
     zeros = jnp.zeros((kernel.shape[0], left.shape[1], right.shape[1]), jnp.float32)
     kernel_gradient, _ = jax.lax.scan(add_block, zeros, steps)
     if transposed:
         kernel_gradient = jnp.swapaxes(kernel_gradient, 1, 2)
-    return row_gradient, kernel_gradient.astype(kernel.dtype), None
+    return row_gradient, kernel_gradient.astype(kernel.dtype), None, None
 
 
 block_matmul.defvjp(_block_fwd, _block_bwd)

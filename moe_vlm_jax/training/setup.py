@@ -221,7 +221,7 @@ def make_model(config: config_lib.RunConfig, devices: Sequence[Any] | None = Non
     """
     mesh = sharding.make_mesh(config.mesh, devices)
     model_config = resolve(config.model, mesh.devices.flat[0].platform)
-    abstract = nnx.eval_shape(lambda: vlm.VLM(model_config, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: vlm.VLM(model_config, rngs=nnx.Rngs(0), mesh=mesh if mesh.size > 1 else None))
     graphdef, params = nnx.split(abstract)
     params = quant.quantize_chosen(params, model_config.quant)
     placed = [

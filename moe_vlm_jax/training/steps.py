@@ -11,11 +11,12 @@ from flax import nnx
 
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
+from moe_vlm_jax import sharding
 from moe_vlm_jax.losses import language_modeling, routing
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import state as state_lib
 
-Metrics = dict[str, Any]  # arrays; 'counts' is a tuple of them inside a step
+Metrics = dict[str, Any]  # arrays; 'counts' and 'dropped' are tuples of them, one a layer, inside a step
 TrainStep = Callable[[state_lib.TrainState, nnx.State, batch_lib.Batch], tuple[state_lib.TrainState, Metrics]]
 
 
@@ -74,7 +75,7 @@ def micro_batch_loss(
         output.hidden,
         batch.labels,
         functools.partial(model.logits, key=jax.random.fold_in(key, 1)),
-        chunk=config.training.loss_chunk,
+        chunk=config.training.loss_chunk * sharding.num_row_devices(model.mesh),
     )
     moe = config.model.moe
     routed = routing.routing_loss(
@@ -95,6 +96,7 @@ def micro_batch_loss(
             "router/balance_loss": routed.balance / num_micro_batches,
             "router/z_loss": routed.z / num_micro_batches,
             "router/dropped_assignments": jnp.sum(jnp.stack([layer.dropped for layer in output.router])),
+            "dropped": tuple(layer.dropped for layer in output.router),
             "counts": tuple(layer.counts for layer in output.router),
         }
     return loss, metrics
@@ -129,6 +131,8 @@ def _train_step(
     for layer, count in enumerate(counts):  # counted over MoE layers only
         metrics[f"router/load_entropy/{layer}"] = routing.load_entropy(count)
         metrics[f"router/load/{layer}"] = count / jnp.maximum(count.sum(), 1.0)
+    for layer, dropped in enumerate(metrics.pop("dropped", ())):
+        metrics[f"router/dropped/{layer}"] = dropped
     metrics |= {
         "train/grad_norm": grad_norm,
         "train/learning_rate": optimizer.schedule(state.step),
