@@ -2,8 +2,13 @@
 
 Axes: 'data' (rows), 'fsdp' (rows; parameters are cut too), 'expert' (rows; experts are spread), 'tensor' (inside a
 layer). Shardings are annotations: XLA inserts the communication (`AxisType.Auto`).
+
+A parameter that is cut over 'fsdp' is put together where a layer uses it (`gather`), and its gradient is cut again
+(ZeRO stage 3, Rajbhandari et al. 2020, arXiv 1910.02054). Left alone, XLA would rather cut the activations, which
+makes a second tensor parallelism of it: for a batch worth training on, that moves many times the bytes.
 """
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -11,6 +16,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_vlm_jax import batch as batch_lib
@@ -20,6 +26,9 @@ from moe_vlm_jax.quant import tensor as quant
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")  # a batch's rows are spread over all of these
+
+# What `gather` put together: a name for rematerialisation policies, which should not keep it for the backward pass.
+GATHERED = "gathered"
 
 # Path pattern -> spec of the TRAILING axes; axes before them (stacked layers) are whole on every device.
 # The first pattern that matches the whole path counts, and every parameter must match one.
@@ -85,6 +94,67 @@ def spread_rows(x: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
     if mesh is None or x.shape[0] % num_row_devices(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS)))
+
+
+def gathers(mesh: jax.sharding.Mesh | None) -> bool:
+    """Returns whether parameters are cut over an axis along which `gather` puts them together."""
+    return mesh is not None and mesh.shape["fsdp"] > 1
+
+
+def gather(state: nnx.State, mesh: jax.sharding.Mesh | None, *, prefix: str, dtype: jax.typing.DTypeLike) -> nnx.State:
+    """Returns parameters with those that are cut over 'fsdp' whole along that axis; others stay as they are.
+
+    Float ones are sent in `dtype`, the one that they are multiplied in, and so is the sum of their gradients;
+    quantised ones are sent as codes and scales.
+
+    Args:
+      state: parameters of one layer, or of what has no layers, inside jit.
+      mesh: of the state; None, or one without 'fsdp', gathers nothing.
+      prefix: what comes before the state's own paths, such as 'decoder/groups/0/'.
+      dtype: of the computation.
+    """
+    if mesh is None or not gathers(mesh):
+        return state
+
+    def whole(path: str, value: Any) -> Any:
+        quantized = quant.is_quantized(value)
+        spec = spec_for(path, len(value.leading) + 2 if quantized else value.ndim)
+        if "fsdp" not in spec:
+            return value
+        joined = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+        if quantized:
+            places = (_quantized_shardings(value, spec, mesh), _quantized_shardings(value, joined, mesh))
+            return jax.tree.map(_joined, value, *places)
+        return _gathered(value, NamedSharding(mesh, spec), NamedSharding(mesh, joined), dtype, value.dtype)
+
+    pairs = [
+        (path, variable.replace(whole(prefix + "/".join(map(str, path)), variable.get_value())))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.from_flat_state(pairs)
+
+
+def _joined(x: jax.Array, cut: NamedSharding, whole: NamedSharding) -> jax.Array:
+    # Holding it to the cut first keeps the compiler from putting together a whole stack of layers before its loop.
+    x = jax.lax.with_sharding_constraint(x, cut)
+    return checkpoint_name(jax.lax.with_sharding_constraint(x, whole), GATHERED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gathered(x: jax.Array, cut: NamedSharding, whole: NamedSharding, dtype, own_dtype) -> jax.Array:
+    return _joined(x.astype(dtype), cut, whole)
+
+
+def _gathered_fwd(x, cut, whole, dtype, own_dtype):
+    return _joined(x.astype(dtype), cut, whole), None
+
+
+def _gathered_bwd(cut, whole, dtype, own_dtype, residuals, cotangent):
+    # A constraint's own transpose would hold the gradient to be whole on every device.
+    return (jax.lax.with_sharding_constraint(cotangent, cut).astype(own_dtype),)
+
+
+_gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
 def spec_for(path: str, rank: int) -> PartitionSpec:

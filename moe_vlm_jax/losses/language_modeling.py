@@ -44,29 +44,35 @@ def next_token_loss(
     num_rows, length = labels.shape
     trained = labels != batch_lib.IGNORE_INDEX
     if chunk <= 0 or chunk >= num_rows * length:
-        return _chunk_loss(hidden, labels, logits)
+        return jax.tree.map(jnp.sum, _loss_of_rows(hidden, labels, logits))
     columns = max(1, chunk // num_rows)
     num_chunks = -(-length // columns)
     order = jnp.argsort(~trained, axis=1, stable=True)
     order = jnp.pad(order, ((0, 0), (0, num_chunks * columns - length)), constant_values=length)
     order = order.reshape(num_rows, num_chunks, columns).swapaxes(0, 1)  # [chunks, B, columns]
+    # Found before the loop, which then asks nothing of other devices' rows.
+    is_needed = jnp.arange(num_chunks) * columns < trained.sum(axis=1).max()
+    zeros = TokenLoss(*(jnp.zeros(num_rows, dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
 
     @jax.checkpoint
-    def step(total: TokenLoss, index: jax.Array) -> tuple[TokenLoss, None]:
-        # Slots past the end read as IGNORE_INDEX.
-        chosen = jnp.take_along_axis(labels, index, axis=1, mode="fill", fill_value=batch_lib.IGNORE_INDEX)
+    def step(total: TokenLoss, chunk: tuple[jax.Array, jax.Array]) -> tuple[TokenLoss, None]:
+        index, needed = chunk
 
         def compute() -> TokenLoss:
+            # Slots past the end read as IGNORE_INDEX.
+            chosen = jnp.take_along_axis(labels, index, axis=1, mode="fill", fill_value=batch_lib.IGNORE_INDEX)
             rows = jnp.take_along_axis(hidden, index[:, :, None], axis=1, mode="clip")
-            return _chunk_loss(rows, chosen, logits)
+            return _loss_of_rows(rows, chosen, logits)
 
-        loss = jax.lax.cond(jnp.any(chosen != batch_lib.IGNORE_INDEX), compute, _zero_loss)
-        return jax.tree.map(jnp.add, total, loss), None
+        return jax.tree.map(jnp.add, total, jax.lax.cond(needed, compute, lambda: zeros)), None
 
-    return jax.lax.scan(step, _zero_loss(), order)[0]
+    total, _ = jax.lax.scan(step, zeros, (order, is_needed))
+    return jax.tree.map(jnp.sum, total)
 
 
-def _chunk_loss(hidden: jax.Array, labels: jax.Array, head: Callable[[jax.Array], jax.Array]) -> TokenLoss:
+def _loss_of_rows(hidden: jax.Array, labels: jax.Array, head: Callable[[jax.Array], jax.Array]) -> TokenLoss:
+    """Returns the loss of each row, [B]."""
+    shape = labels.shape
     # Flat rows: see nn/linear.py.
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     trained = labels != batch_lib.IGNORE_INDEX
@@ -76,8 +82,5 @@ def _chunk_loss(hidden: jax.Array, labels: jax.Array, head: Callable[[jax.Array]
     loss = jax.nn.logsumexp(logits, axis=-1) - picked
     # Not argmax == target: an argmax over a large vocabulary costs XLA:CPU as much as the logits.
     correct = trained & (picked >= jax.lax.stop_gradient(logits.max(axis=-1)))
-    return TokenLoss(jnp.sum(jnp.where(trained, loss, 0.0)), jnp.sum(trained), jnp.sum(correct))
-
-
-def _zero_loss() -> TokenLoss:
-    return TokenLoss(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    per_token = TokenLoss(jnp.where(trained, loss, 0.0), trained.astype(jnp.int32), correct.astype(jnp.int32))
+    return jax.tree.map(lambda x: x.reshape(shape).sum(axis=1), per_token)

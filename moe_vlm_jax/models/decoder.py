@@ -208,6 +208,7 @@ class Decoder(nnx.Module):
                 x,
                 unit,
                 shared,
+                prefix=f"decoder/groups/{g}/",
                 keys=_per_block(layer_keys, group, range(num_layers)),
                 noise=_per_block(noise, group, self._moe_layers()),
                 caches=None if caches is None else caches[g],
@@ -231,12 +232,14 @@ class Decoder(nnx.Module):
     def _moe_layers(self) -> list[int]:
         return [i for i, experts in enumerate(self.config.layer_experts) if experts]
 
-    def _run_group(self, x, unit, shared, *, keys, noise, caches, collect_blocks):
+    def _run_group(self, x, unit, shared, *, prefix, keys, noise, caches, collect_blocks):
         """Scans one group; returns x and, per block of the unit, (routing, cache, block output), each [R, ...]."""
         graphdef, state = nnx.split(unit)
 
         def body(carry, step):
             unit_state, unit_keys, unit_noise, unit_caches = step
+            if unit_caches is None:  # a step of decoding has too few rows to be worth putting weights together
+                unit_state = sharding.gather(unit_state, self.mesh, prefix=prefix, dtype=carry.dtype)
             if self.config.remat != "none":
                 # Once for everybody in this body; the backward pass runs the body again. Without rematerialisation
                 # the layers do it themselves (quant/matmul.py), or the arrays would live until the backward pass.
@@ -255,7 +258,8 @@ class Decoder(nnx.Module):
             return carry, tuple(outputs)
 
         xs = (state, keys, noise, caches)
-        return jax.lax.scan(vision.rematerialise(body, self.config.remat), x, xs, unroll=self.config.scan_unroll)
+        body = vision.rematerialise(body, self.config.remat, gathers=sharding.gathers(self.mesh))
+        return jax.lax.scan(body, x, xs, unroll=self.config.scan_unroll)
 
 
 def _per_block(values, group: placement.LayerGroup, layers) -> tuple:

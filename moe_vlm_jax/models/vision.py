@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_vlm_jax import config as config_lib
+from moe_vlm_jax import sharding
 from moe_vlm_jax.nn import attention, dropout, linear, mlp, norms
 from moe_vlm_jax.quant import state as quant
 
@@ -39,7 +40,15 @@ class VisionBlock(nnx.Module):
 class VisionTower(nnx.Module):
     """Pixels to patch features, float32[I, S, S, 3] -> float[I, P, C]."""
 
-    def __init__(self, config: config_lib.VisionConfig, *, dtype: jnp.dtype, remat: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: config_lib.VisionConfig,
+        *,
+        dtype: jnp.dtype,
+        remat: str,
+        rngs: nnx.Rngs,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
         dim, patch = config.embed_dim, config.patch_size
         num_positions = config.num_patches + int(config.class_token)
         std = config.position_init_std
@@ -59,6 +68,7 @@ class VisionTower(nnx.Module):
         self.post_norm = norms.Norm(dim, kind="layernorm", eps=config.norm_eps, dtype=dtype)
         self.config = config
         self.remat = remat
+        self.mesh = mesh
 
     def __call__(self, images: jax.Array, *, dtype: jnp.dtype, key: jax.Array | None = None) -> jax.Array:
         """Returns the hidden state select_layer without its first skip_tokens tokens.
@@ -100,17 +110,31 @@ class VisionTower(nnx.Module):
 
         def body(carry, step):
             block_state, block_key = step
+            block_state = sharding.gather(block_state, self.mesh, prefix="vision/blocks/", dtype=carry.dtype)
             if self.remat != "none":  # as in models/decoder.py
                 block_state = quant.dequantize_state(block_state, carry.dtype)
-            y = nnx.merge(graphdef, block_state)(carry, key=block_key)
+            y = sharding.spread_rows(nnx.merge(graphdef, block_state)(carry, key=block_key), self.mesh)
             return y, y
 
-        return jax.lax.scan(rematerialise(body, self.remat), x, (state, keys))
+        body = rematerialise(body, self.remat, gathers=sharding.gathers(self.mesh))
+        return jax.lax.scan(body, sharding.spread_rows(x, self.mesh), (state, keys))
 
 
-def rematerialise(body, policy: str):
-    """Returns a scan body that recomputes its inside in the backward pass, by the config's remat policy."""
+def rematerialise(body, policy: str, *, gathers: bool):
+    """Returns a scan body that recomputes its inside in the backward pass, by the config's remat policy.
+
+    Args:
+      body: of the scan.
+      policy: none | full | dots.
+      gathers: whether the body puts parameters together (`sharding.gather`), which no policy keeps.
+    """
     match policy:
+        case "none" if gathers:
+            return jax.checkpoint(
+                body,
+                prevent_cse=False,
+                policy=jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
+            )
         case "none":
             return body
         case "full":

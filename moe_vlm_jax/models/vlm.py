@@ -62,7 +62,7 @@ class VLM(nnx.Module):
           mesh: the devices that it will run on, from `sharding.make_mesh`; None for one. Parameters do not depend on it.
         """
         dtype = jnp.dtype(config.param_dtype)
-        self.vision = vision.VisionTower(config.vision, dtype=dtype, remat=config.remat, rngs=rngs)
+        self.vision = vision.VisionTower(config.vision, dtype=dtype, remat=config.remat, rngs=rngs, mesh=mesh)
         self.projector = projector.Projector(
             config.projector, config.vision.embed_dim, config.decoder.embed_dim, dtype=dtype, rngs=rngs
         )
@@ -235,3 +235,18 @@ class VLM(nnx.Module):
         experts = [e for e in self.config.layer_experts if e]
         keys = jax.random.split(key, len(experts))
         return tuple(draw(k, (num_tokens, e), jnp.float32) for k, e in zip(keys, experts, strict=True))
+
+
+def gather_shared(model: VLM) -> VLM:
+    """Returns the model with its head put together (`sharding.gather`) once for all the chunks that it will score.
+
+    Layers put together their own parameters. Word embeddings stay cut, unless they are the head: a look-up is not a
+    product, and its rows are small.
+    """
+    if not sharding.gathers(model.mesh):
+        return model
+    graphdef, state = nnx.split(model)
+    tied = model.decoder.lm_head is None
+    name, dtype = ("embed", model.config.param_dtype) if tied else ("lm_head", model.config.compute_dtype)
+    head = nnx.State({"decoder": {name: state["decoder"][name]}})
+    return nnx.merge(graphdef, nnx.merge_state(state, sharding.gather(head, model.mesh, prefix="", dtype=dtype)))

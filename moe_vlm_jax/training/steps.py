@@ -13,6 +13,7 @@ from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import sharding
 from moe_vlm_jax.losses import language_modeling, routing
+from moe_vlm_jax.models import vlm
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import state as state_lib
 
@@ -69,7 +70,7 @@ def micro_batch_loss(
       graphdef: structure of the model.
       config: the run's.
     """
-    model = nnx.merge(graphdef, trainable, frozen)
+    model = vlm.gather_shared(nnx.merge(graphdef, trainable, frozen))
     output = model(batch, train=True, step=step, rng=key)
     tokens = language_modeling.next_token_loss(
         output.hidden,
