@@ -3,16 +3,19 @@
 import dataclasses
 import re
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
 
+from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import cost
 from moe_vlm_jax.planning import memory, targets
 from moe_vlm_jax.training import coverage, setup
 from moe_vlm_jax.training import optimizer as optimizer_lib
+from moe_vlm_jax.training import state as state_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,43 @@ class Plan:
         return None if self.left is None else self.left >= 0
 
 
+class Shapes(NamedTuple):
+    """Everything that the step takes, as shapes and places on the target's devices.
+
+    Attributes:
+      config: with settings resolved for the target's platform.
+      model: structure and layout.
+      optimizer: over the trainable part.
+      state: of `setup.abstract_state`.
+      batch: of `setup.abstract_batch`.
+    """
+
+    config: config_lib.RunConfig
+    model: setup.Model
+    optimizer: optimizer_lib.Optimizer
+    state: state_lib.TrainState
+    batch: batch_lib.Batch
+
+    def lower(self) -> jax.stages.Lowered:
+        """Returns the train step, traced for the target; `.compile()` takes minutes for a large model."""
+        step = setup.make_step(self.model, self.optimizer, self.config, self.state)
+        return step.lower(self.state, self.model.frozen, self.batch)
+
+
+def shapes(config: config_lib.RunConfig, devices: Sequence[Any]) -> Shapes:
+    """Returns the shapes of a validated config's step on described devices; allocates nothing.
+
+    Raises:
+      ValueError: the mesh does not fit the devices or the parameters, or patterns do not fit the parameters.
+    """
+    model = setup.make_model(config, devices)
+    config = dataclasses.replace(config, model=model.config)
+    # How many steps there are is a number in the schedule: any will do.
+    optimizer = optimizer_lib.make_optimizer(config.optimizer, config.training.max_steps or 1000)
+    state = setup.abstract_state(model, optimizer, config.training.seed)
+    return Shapes(config, model, optimizer, state, setup.abstract_batch(config, model.mesh))
+
+
 def make_plan(config: config_lib.RunConfig, target: targets.Target, *, compiled: bool) -> Plan:
     """Returns the plan of a validated config; allocates no array and reads no data.
 
@@ -102,17 +142,9 @@ def make_plan(config: config_lib.RunConfig, target: targets.Target, *, compiled:
     Raises:
       ValueError: the mesh does not fit the devices or the parameters, or patterns do not fit the parameters.
     """
-    model = setup.make_model(config, target.devices)
-    config = dataclasses.replace(config, model=model.config)
-    # How many steps there are is a number in the schedule: any will do.
-    optimizer = optimizer_lib.make_optimizer(config.optimizer, config.training.max_steps or 1000)
-    state = setup.abstract_state(model, optimizer, config.training.seed)
-    batch = setup.abstract_batch(config, model.mesh)
-    program, refusal = None, ""
-    if compiled:
-        step = setup.make_step(model, optimizer, config, state)
-        platform = model.mesh.devices.flat[0].platform
-        program, refusal = _compile(step, (state, model.frozen, batch), platform)
+    described = shapes(config, target.devices)
+    config, model, batch = described.config, described.model, described.batch
+    program, refusal = _compile(described) if compiled else (None, "")
     images = 0 if batch.images is None else batch.images.shape[1]
     shape = {
         "micro_batches": batch.tokens.shape[0],
@@ -129,17 +161,17 @@ def make_plan(config: config_lib.RunConfig, target: targets.Target, *, compiled:
         step=shape,
         coverage=coverage.rows(model.trainable, model.frozen),
         parameters=memory.parameters(model),
-        groups=memory.groups(model, state, batch),
+        groups=memory.groups(model, described.state, batch),
         capacity=target.memory,
         program=program,
         refusal=refusal,
     )
 
 
-def _compile(step: Any, arguments: tuple[Any, ...], platform: str) -> tuple[Program | None, str]:
+def _compile(described: Shapes) -> tuple[Program | None, str]:
     """Returns the program, or None and the reason when it is too large for its target."""
     begin = time.perf_counter()
-    lowered = step.lower(*arguments)
+    lowered = described.lower()
     logging.info("compiling the step")
     try:
         compiled = lowered.compile()
@@ -157,7 +189,9 @@ def _compile(step: Any, arguments: tuple[Any, ...], platform: str) -> tuple[Prog
             aliased=figures.alias_size_in_bytes,
             temporaries=figures.temp_size_in_bytes,
             code=figures.generated_code_size_in_bytes,
-            peak=None if platform == "cpu" else figures.peak_memory_in_bytes,  # XLA:CPU's leaves temporaries out
+            peak=None
+            if described.model.mesh.devices.flat[0].platform == "cpu"
+            else figures.peak_memory_in_bytes,  # XLA:CPU's leaves temporaries out
             flops=flops,
             unknown_flops=unknown,
             compile_seconds=seconds,
