@@ -4,6 +4,10 @@
     [(c.kind, axes_of(c, mesh.shape), c.count, c.bytes, c.sent_bytes) for c in found]
 
 Loops count as often as they run. An asynchronous collective counts once, at its start. Standard library only.
+
+XLA:TPU puts some of them into fusions, which are read too: an all-reduce of which each device keeps its slice
+(computation 'all-reduce-scatter') is a reduce-scatter; and a collective that runs beside matmuls stands in the fusion
+that starts it, in each that runs beside it ('async_collective_fusion') and in the one that ends it: the first counts.
 """
 
 import dataclasses
@@ -38,6 +42,7 @@ class Collective:
       groups: devices that communicate with each other, by their place in the mesh; () means all of them. For a
         collective-permute the pairs (source, target).
       group_size: n, devices of a group; 2 of a collective-permute.
+      asynchronous: whether the program goes on while it runs.
       count: how often it runs in one run of the program.
       bytes: payload of one run: a device's operand, and of an all-gather the gathered result. A ragged all-to-all
         has static buffers; how much of them is sent depends on data, so its figures are upper bounds.
@@ -48,6 +53,7 @@ class Collective:
     shape: str
     groups: Groups
     group_size: int
+    asynchronous: bool
     count: int
     bytes: float
 
@@ -208,7 +214,8 @@ class _Walk:
     def computation(self, name: str) -> _Found:
         if name not in self.known:
             scope, total = self.computations[name], {}
-            for instruction in scope.values():
+            # What has been started elsewhere counts there.
+            for instruction in () if _continues_collective(name, scope) else scope.values():
                 for key, (found, count) in self._instruction(name, instruction, scope).items():
                     total[key] = (found, count + total.get(key, (found, 0))[1])
             self.known[name] = total
@@ -217,8 +224,11 @@ class _Walk:
     def _instruction(self, computation: str, instruction: hlo.Instruction, scope: hlo.Computation) -> _Found:
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
-            return {(computation, instruction.name): (self._collective(kind, instruction, scope), 1)}
+            return {(computation, instruction.name): (self._collective(kind, computation, instruction, scope), 1)}
         match instruction.opcode:
+            case "async-start":
+                called = self.computation(instruction.callees()[0])
+                return {key: (dataclasses.replace(found, asynchronous=True), n) for key, (found, n) in called.items()}
             case "while":
                 body = self.computation(instruction.callee("body"))
                 if not body:  # a loop without collectives may run as often as its data say
@@ -235,20 +245,34 @@ class _Walk:
                 merged[key] = (found, count + merged.get(key, (found, 0))[1])
         return merged
 
-    def _collective(self, kind: str, instruction: hlo.Instruction, scope: hlo.Computation) -> Collective:
+    def _collective(
+        self, kind: str, computation: str, instruction: hlo.Instruction, scope: hlo.Computation
+    ) -> Collective:
         operands = instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands
         size = sum(hlo.num_bytes(scope[name].shape) for name in operands)
         groups = _groups_of(kind, instruction)
         group_size = max((len(group) for group in groups), default=self.num_devices)
+        if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"
         return Collective(
             kind=kind,
             name=instruction.op_name,
             shape=instruction.shape,
             groups=groups,
             group_size=group_size,
+            asynchronous=instruction.opcode.endswith("-start") or _calls(scope, "AsyncCollectiveStart"),
             count=1,
             bytes=size * group_size if kind == "all-gather" else size,
         )
+
+
+def _continues_collective(name: str, scope: hlo.Computation) -> bool:
+    return name.startswith("async_collective_fusion") or _calls(scope, "AsyncCollectiveDone")
+
+
+def _calls(scope: hlo.Computation, target: str) -> bool:
+    attribute = f'custom_call_target="{target}"'
+    return any(i.opcode == "custom-call" and attribute in i.attributes for i in scope.values())
 
 
 def _groups_of(kind: str, instruction: hlo.Instruction) -> Groups:

@@ -165,7 +165,7 @@ def test_collectives_whose_number_depends_on_data_are_an_error():
         collectives.collectives(text)
 
 
-# As XLA:TPU and XLA:GPU print them, shortened.
+# As XLA:TPU, XLA:GPU and this test write them; collectives_tpu.hlo is shortened from a compiled step for v5e:4x4.
 ASYNCHRONOUS = pathlib.Path(__file__).with_name("collectives_async.hlo").read_text()
 
 
@@ -177,6 +177,21 @@ def test_asynchronous_collectives_count_once():
         ("ragged-all-to-all", ("expert",), 1, size, size * 3 / 4),
         ("reduce-scatter", ("expert",), 1, size, size * 3 / 4),
     ]
+    synchronous = {c.kind for c in collectives.collectives(ASYNCHRONOUS) if not c.asynchronous}
+    assert synchronous == {"ragged-all-to-all"}
+
+
+def test_collectives_that_a_tpu_fuses_are_told_from_their_fusions():
+    text = pathlib.Path(__file__).with_name("collectives_tpu.hlo").read_text()
+    gathered, reduced = 2 * 256 * 256, 4 * 128 * 256
+    assert summary(text) == [
+        ("all-gather", ("expert",), 1, gathered, gathered * 3 / 4),
+        ("reduce-scatter", ("data",), 1, reduced, reduced / 2),
+    ]
+    assert {c.kind: c.asynchronous for c in collectives.collectives(text)} == {
+        "all-gather": True,
+        "reduce-scatter": False,
+    }
 
 
 @pytest.mark.parametrize(
