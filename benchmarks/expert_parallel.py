@@ -19,7 +19,6 @@ expert groups.
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,10 +86,10 @@ def run_config(
 
 def count(settings: dict[str, Any]) -> dict[str, float]:
     """Returns the counts of one variant's compiled step on this process's devices."""
-    from moe_vlm_jax.planning import plan, targets
+    from moe_vlm_jax.planning import shapes, targets
 
     config = run_config(**settings)
-    text = plan.shapes(config, targets.find("local", config.mesh).devices).lower().compile().as_text()
+    text = shapes.make_shapes(config, targets.find("local", config.mesh).devices).lower().compile().as_text()
     mesh = {axis: getattr(config.mesh, axis) for axis in sharding.AXES}
     found = [c for c in collectives.collectives(text) if "expert" in collectives.axes_of(c, mesh)]
     dec, top_k = config.model.decoder, config.model.moe.top_k

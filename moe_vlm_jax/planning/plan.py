@@ -3,19 +3,38 @@
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
 
 import jax
 from absl import logging
 
-from moe_vlm_jax import batch as batch_lib
+from moe_vlm_jax import collectives as collectives_lib
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import cost
-from moe_vlm_jax.planning import memory, targets
-from moe_vlm_jax.training import coverage, setup
-from moe_vlm_jax.training import optimizer as optimizer_lib
-from moe_vlm_jax.training import state as state_lib
+from moe_vlm_jax import cost, traffic
+from moe_vlm_jax.planning import chips, memory, meshes, shapes, targets
+from moe_vlm_jax.planning import estimate as estimate_lib
+from moe_vlm_jax.training import coverage
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """Collectives of one kind over the same mesh axes, in one step on one device; bytes.
+
+    Attributes:
+      kind: of collectives.KINDS.
+      axes: of the mesh, along which devices exchange.
+      count: how many run.
+      payload: what they carry, see collectives.Collective.
+      sent: what the device sends.
+      hidden: the part of `sent` beside which the program goes on.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    count: int
+    payload: float
+    sent: float
+    hidden: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +51,8 @@ class Program:
         temporaries are one block that is there as long as the program runs.
       flops: of the matmuls; None where the counter cannot tell.
       unknown_flops: why it cannot.
+      memory_traffic: bytes read from and written to main memory in a step; None where the counter cannot tell.
+      exchanges: of a step; None where the counter cannot tell.
       compile_seconds: of lowering and compiling.
     """
 
@@ -43,6 +64,8 @@ class Program:
     peak: int | None
     flops: float | None
     unknown_flops: str
+    memory_traffic: float | None
+    exchanges: tuple[Exchange, ...] | None
     compile_seconds: float
 
     @property
@@ -67,6 +90,10 @@ class Plan:
       capacity: bytes of memory of one device; None where nobody tells.
       program: None where it was not compiled, or did not fit.
       refusal: the compiler's own words when the program is too large for the target, else ''.
+      estimate: of a step's time; None where it cannot be made.
+      no_estimate: why not, or ''.
+      suggestion: the mesh over these devices that fits and sends least, by an estimate; None if none fits, or for one
+        device, or where the memory is not known.
     """
 
     target: str
@@ -80,6 +107,9 @@ class Plan:
     capacity: int | None
     program: Program | None
     refusal: str
+    estimate: estimate_lib.Estimate | None
+    no_estimate: str
+    suggestion: meshes.Candidate | None
 
     @property
     def left(self) -> int | None:
@@ -94,43 +124,6 @@ class Plan:
         return None if self.left is None else self.left >= 0
 
 
-class Shapes(NamedTuple):
-    """Everything that the step takes, as shapes and places on the target's devices.
-
-    Attributes:
-      config: with settings resolved for the target's platform.
-      model: structure and layout.
-      optimizer: over the trainable part.
-      state: of `setup.abstract_state`.
-      batch: of `setup.abstract_batch`.
-    """
-
-    config: config_lib.RunConfig
-    model: setup.Model
-    optimizer: optimizer_lib.Optimizer
-    state: state_lib.TrainState
-    batch: batch_lib.Batch
-
-    def lower(self) -> jax.stages.Lowered:
-        """Returns the train step, traced for the target; `.compile()` takes minutes for a large model."""
-        step = setup.make_step(self.model, self.optimizer, self.config, self.state)
-        return step.lower(self.state, self.model.frozen, self.batch)
-
-
-def shapes(config: config_lib.RunConfig, devices: Sequence[Any]) -> Shapes:
-    """Returns the shapes of a validated config's step on described devices; allocates nothing.
-
-    Raises:
-      ValueError: the mesh does not fit the devices or the parameters, or patterns do not fit the parameters.
-    """
-    model = setup.make_model(config, devices)
-    config = dataclasses.replace(config, model=model.config)
-    # How many steps there are is a number in the schedule: any will do.
-    optimizer = optimizer_lib.make_optimizer(config.optimizer, config.training.max_steps or 1000)
-    state = setup.abstract_state(model, optimizer, config.training.seed)
-    return Shapes(config, model, optimizer, state, setup.abstract_batch(config, model.mesh))
-
-
 def make_plan(config: config_lib.RunConfig, target: targets.Target, *, compiled: bool) -> Plan:
     """Returns the plan of a validated config; allocates no array and reads no data.
 
@@ -142,9 +135,19 @@ def make_plan(config: config_lib.RunConfig, target: targets.Target, *, compiled:
     Raises:
       ValueError: the mesh does not fit the devices or the parameters, or patterns do not fit the parameters.
     """
-    described = shapes(config, target.devices)
+    described = shapes.make_shapes(config, target.devices)
     config, model, batch = described.config, described.model, described.batch
-    program, refusal = _compile(described) if compiled else (None, "")
+    text, program, refusal = _compile(described) if compiled else ("", None, "")
+    estimate, no_estimate = None, "" if program is None else _no_estimate(program, target.chip, config)
+    if program is not None and target.chip is not None and not no_estimate:
+        estimate = estimate_lib.estimate(
+            flops=program.flops or 0.0,
+            memory_bytes=program.memory_traffic or 0.0,
+            collectives=collectives_lib.collectives(text),
+            model_flops=_model_flops(described),
+            chip=target.chip,
+        )
+    several = model.mesh.size > 1 and target.memory is not None
     images = 0 if batch.images is None else batch.images.shape[1]
     shape = {
         "micro_batches": batch.tokens.shape[0],
@@ -165,11 +168,14 @@ def make_plan(config: config_lib.RunConfig, target: targets.Target, *, compiled:
         capacity=target.memory,
         program=program,
         refusal=refusal,
+        estimate=estimate,
+        no_estimate=no_estimate,
+        suggestion=meshes.suggest(described, target.memory) if several and target.memory else None,
     )
 
 
-def _compile(described: Shapes) -> tuple[Program | None, str]:
-    """Returns the program, or None and the reason when it is too large for its target."""
+def _compile(described: shapes.Shapes) -> tuple[str, Program | None, str]:
+    """Returns the program's text and figures, or None and the reason when it is too large for its target."""
     begin = time.perf_counter()
     lowered = described.lower()
     logging.info("compiling the step")
@@ -178,26 +184,76 @@ def _compile(described: Shapes) -> tuple[Program | None, str]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return None, _refusal(str(error))
+        return "", None, _refusal(str(error))
     seconds = time.perf_counter() - begin
-    flops, unknown = cost.known_flops(compiled.as_text())
+    text = compiled.as_text() or ""
+    flops, unknown = cost.known_flops(text or None)
     figures = compiled.memory_analysis()
+    mesh = described.model.mesh
     return (
+        text,
         Program(
             arguments=figures.argument_size_in_bytes,
             outputs=figures.output_size_in_bytes,
             aliased=figures.alias_size_in_bytes,
             temporaries=figures.temp_size_in_bytes,
             code=figures.generated_code_size_in_bytes,
-            peak=None
-            if described.model.mesh.devices.flat[0].platform == "cpu"
-            else figures.peak_memory_in_bytes,  # XLA:CPU's leaves temporaries out
+            # XLA:CPU's peak leaves temporaries out.
+            peak=None if mesh.devices.flat[0].platform == "cpu" else figures.peak_memory_in_bytes,
             flops=flops,
             unknown_flops=unknown,
+            # Both stop at the same loops as the counter of FLOPs.
+            memory_traffic=None if unknown else traffic.memory_bytes(text),
+            exchanges=None if unknown else exchanges(collectives_lib.collectives(text), mesh.shape),
             compile_seconds=seconds,
         ),
         "",
     )
+
+
+def exchanges(found: Iterable[collectives_lib.Collective], mesh: Mapping[str, int]) -> tuple[Exchange, ...]:
+    """Returns the collectives by kind and axes, the one that sends most first; those of single devices left out."""
+    grouped: dict[tuple[str, tuple[str, ...]], list[collectives_lib.Collective]] = {}
+    for collective in found:
+        axes = collectives_lib.axes_of(collective, mesh)
+        if axes:
+            grouped.setdefault((collective.kind, axes), []).append(collective)
+    summed = [
+        Exchange(
+            kind=kind,
+            axes=axes,
+            count=sum(c.count for c in members),
+            payload=sum(c.total_bytes for c in members),
+            sent=sum(c.total_sent_bytes for c in members),
+            hidden=sum(c.total_sent_bytes for c in members if c.asynchronous),
+        )
+        for (kind, axes), members in grouped.items()
+    ]
+    return tuple(sorted(summed, key=lambda exchange: -exchange.sent))
+
+
+def _no_estimate(program: Program, chip: chips.Chip | None, config: config_lib.RunConfig) -> str:
+    """Returns why a step's time cannot be estimated, or ''."""
+    if chip is None:
+        return "the target's rates are not known"
+    if program.unknown_flops:
+        return program.unknown_flops
+    if config.model.compute_dtype != "bfloat16":
+        return f"published rates are of bfloat16, not of {config.model.compute_dtype}"
+    return ""
+
+
+def _model_flops(described: shapes.Shapes) -> float:
+    """Returns the FLOPs that the model needs in a step on one device, k experts active and nothing recomputed."""
+    config, batch = described.config, described.batch
+    micro_batch = cost.analytic_step_flops(
+        config.model,
+        num_rows=batch.tokens.shape[1],
+        row_length=batch.tokens.shape[2],
+        num_images=0 if batch.images is None else batch.images.shape[1],
+        trainable=config.training.trainable,
+    )
+    return micro_batch.total * batch.tokens.shape[0] / described.model.mesh.size
 
 
 def _refusal(message: str) -> str:

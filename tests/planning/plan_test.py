@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from moe_vlm_jax.planning import memory, plan, report, targets
+from moe_vlm_jax.planning import estimate, memory, meshes, plan, report, shapes, targets
 from tests.planning import examples
 
 
@@ -55,7 +55,7 @@ class TooLarge:
 
 def test_a_program_that_the_compiler_refuses_does_not_fit(monkeypatch):
     config = examples.run_config(qlora=True)
-    monkeypatch.setattr(plan.setup, "make_step", lambda *arguments: TooLarge())
+    monkeypatch.setattr(shapes.setup, "make_step", lambda *arguments: TooLarge())
     made = plan.make_plan(config, targets.find("local", config.mesh), compiled=True)
     assert made.fits is False
     assert made.refusal == "Used 25.20G of 15.75G hbm. Exceeded hbm capacity by 9.45G."
@@ -75,6 +75,11 @@ def planned(**changes) -> plan.Plan:
         peak=8 * 2**30,
         flops=12.5e12,
         unknown_flops="",
+        memory_traffic=300e9,
+        exchanges=(
+            plan.Exchange("all-to-all", ("expert",), 96, 8 * 2**30, 6 * 2**30, 0.0),
+            plan.Exchange("all-gather", ("data", "expert"), 7, 2 * 2**30, 2**30, 2**29),
+        ),
         compile_seconds=61.0,
     )
     made = plan.Plan(
@@ -89,6 +94,16 @@ def planned(**changes) -> plan.Plan:
         capacity=16 * 2**30,
         program=program,
         refusal="",
+        estimate=estimate.Estimate(
+            compute=0.25,
+            memory=0.125,
+            hidden_collectives=0.05,
+            exposed_collectives=0.5,
+            model_flops=15e12,
+            peak_flops=100e12,
+        ),
+        no_estimate="",
+        suggestion=meshes.Candidate({"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}, 2.0**31, 2.0**30, 5.0 * 2**30),
     )
     return dataclasses.replace(made, **changes)
 
