@@ -28,6 +28,8 @@ KINDS = (
     "collective-broadcast",
 )
 
+_WORK = ("fusion", "dot", "convolution", "custom-call", "while", "call", "conditional")
+
 Groups = tuple[tuple[int, ...], ...]
 
 
@@ -42,7 +44,7 @@ class Collective:
       groups: devices that communicate with each other, by their place in the mesh; () means all of them. For a
         collective-permute the pairs (source, target).
       group_size: n, devices of a group; 2 of a collective-permute.
-      asynchronous: whether the program goes on while it runs.
+      asynchronous: whether the program does other work while it runs.
       count: how often it runs in one run of the program.
       bytes: payload of one run: a device's operand, and of an all-gather the gathered result. A ragged all-to-all
         has static buffers; how much of them is sent depends on data, so its figures are upper bounds.
@@ -227,8 +229,8 @@ class _Walk:
             return {(computation, instruction.name): (self._collective(kind, computation, instruction, scope), 1)}
         match instruction.opcode:
             case "async-start":
-                called = self.computation(instruction.callees()[0])
-                return {key: (dataclasses.replace(found, asynchronous=True), n) for key, (found, n) in called.items()}
+                called, hidden = self.computation(instruction.callees()[0]), _goes_on(instruction, scope)
+                return {key: (dataclasses.replace(found, asynchronous=hidden), n) for key, (found, n) in called.items()}
             case "while":
                 body = self.computation(instruction.callee("body"))
                 if not body:  # a loop without collectives may run as often as its data say
@@ -260,7 +262,7 @@ class _Walk:
             shape=instruction.shape,
             groups=groups,
             group_size=group_size,
-            asynchronous=instruction.opcode.endswith("-start") or _calls(scope, "AsyncCollectiveStart"),
+            asynchronous=_goes_on(instruction, scope) or _calls(scope, "AsyncCollectiveStart"),
             count=1,
             bytes=size * group_size if kind == "all-gather" else size,
         )
@@ -268,6 +270,18 @@ class _Walk:
 
 def _continues_collective(name: str, scope: hlo.Computation) -> bool:
     return name.startswith("async_collective_fusion") or _calls(scope, "AsyncCollectiveDone")
+
+
+def _goes_on(start: hlo.Instruction, scope: hlo.Computation) -> bool:
+    """Whether anything runs between an asynchronous instruction's start and its end, in the order of the schedule."""
+    if not start.opcode.endswith("-start"):
+        return False
+    names = list(scope)
+    following = itertools.takewhile(
+        lambda i: not (i.opcode.endswith("-done") and i.operands[:1] == (start.name,)),
+        (scope[name] for name in names[names.index(start.name) + 1 :]),
+    )
+    return any(i.opcode in _WORK for i in following)
 
 
 def _calls(scope: hlo.Computation, target: str) -> bool:

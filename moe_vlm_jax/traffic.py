@@ -107,15 +107,19 @@ class _Walk:
         scope = self.computations[instruction.callees()[0]]
         root = next(i for i in scope.values() if i.root)
         parts = [scope[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        saved = 0.0
-        for part in parts:
-            whole = hlo.num_bytes(part.shape)
+        places = _ARRAY.findall(root.shape) if root.opcode == "tuple" else [instruction.shape]
+        total = 0.0
+        for part, place in zip(parts, places, strict=True):
+            stored = stored_bytes(place)
             while part.opcode in _VIEWS and part.operands:
                 part = scope[part.operands[0]]
-            if part.opcode == "parameter":
-                saved += whole
-            elif part.opcode == "dynamic-update-slice":
-                saved += whole - hlo.num_bytes(scope[part.operands[1]].shape)
-            elif part.opcode == "fusion":
-                saved += whole - self.written(part, whole)
-        return max(0.0, size - saved)
+            match part.opcode:
+                case "parameter":  # passed on as it is
+                    continue
+                case "dynamic-update-slice":
+                    total += min(stored, hlo.num_bytes(scope[part.operands[1]].shape))
+                case "fusion":
+                    total += self.written(part, stored)
+                case _:
+                    total += stored
+        return total
