@@ -107,9 +107,9 @@ class _Walk:
                 return {name: trips * flops for name, flops in body.items()}
             case "conditional":
                 return max(map(self.computation, instruction.callees()), key=lambda cost: sum(cost.values()))
-            case "fusion" | "call" | "async-start":
+            case "fusion" | "call" | "async-start" | "fusion-start" | "call-start":  # -start: XLA:GPU's, goes on
                 return self.computation(instruction.callees()[0])
-            case "async-update" | "async-done":  # name the computation that async-start called
+            case opcode if opcode.endswith(("-update", "-done")):  # name the computation that -start called
                 return {}
         if any(self.computation(callee) for callee in instruction.callees()):
             raise ValueError(

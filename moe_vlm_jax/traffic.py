@@ -15,6 +15,7 @@ _ON_CHIP = re.compile(r"S\([1-9]\d*\)")
 # Say where values are, or wait for another instruction.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all")
 _FREE += ("opt-barrier", "optimization-barrier", "add-dependency", "iota")
+_FUSIONS = ("fusion", "fusion-start")  # XLA:GPU starts some and goes on
 _VIEWS = ("bitcast", "reshape", "get-tuple-element", "optimization-barrier")
 
 
@@ -68,7 +69,7 @@ class _Walk:
                 update = scope[instruction.operands[1 if opcode == "dynamic-update-slice" else -1]]
                 return 2 * hlo.num_bytes(update.shape) * (stored_bytes(instruction.shape) > 0)
         read = sum(self.read(instruction, i, scope) for i in range(len(instruction.operands)))
-        return read + self.written(instruction, stored_bytes(instruction.shape))
+        return read + self.written(instruction)
 
     def read(self, user: hlo.Instruction, position: int, scope: hlo.Computation) -> float:
         """Returns the bytes that an instruction reads of one of its operands."""
@@ -82,7 +83,7 @@ class _Walk:
             return hlo.num_bytes(user.shape) if position == 0 else 0.0
         if user.opcode == "dynamic-update-slice" and position == 0:
             return 0.0  # stays where it is
-        if user.opcode != "fusion":
+        if user.opcode not in _FUSIONS:
             return float("inf")
         scope = self.computations[user.callees()[0]]
         parameter = next(i for i in scope.values() if i.opcode == "parameter" and i.literal == str(position))
@@ -100,14 +101,16 @@ class _Walk:
                     total += self.touched(user, position)
         return total
 
-    def written(self, instruction: hlo.Instruction, size: float) -> float:
+    def written(self, instruction: hlo.Instruction) -> float:
         """Returns the bytes that an instruction writes: a fusion that updates a slice in place writes the slice."""
-        if instruction.opcode != "fusion" or not size:
-            return size
+        if instruction.opcode not in _FUSIONS:
+            return stored_bytes(instruction.shape)
         scope = self.computations[instruction.callees()[0]]
         root = next(i for i in scope.values() if i.root)
         parts = [scope[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        places = _ARRAY.findall(root.shape) if root.opcode == "tuple" else [instruction.shape]
+        # A lone result's place is printed where the fusion is called, the results of several at the root too.
+        outside = instruction.shape if instruction.opcode == "fusion" else root.shape
+        places = _ARRAY.findall(root.shape) if root.opcode == "tuple" else [outside]
         total = 0.0
         for part, place in zip(parts, places, strict=True):
             stored = stored_bytes(place)
@@ -119,7 +122,7 @@ class _Walk:
                 case "dynamic-update-slice":
                     total += min(stored, hlo.num_bytes(scope[part.operands[1]].shape))
                 case "fusion":
-                    total += self.written(part, stored)
+                    total += min(stored, self.written(part))
                 case _:
                     total += stored
         return total

@@ -59,6 +59,29 @@ def test_a_tpu_program_is_counted():
     assert traffic.memory_bytes(text) == 2 * 2 * 32 * 256 + 4 * (128 + 64) * 256
 
 
+def test_a_fusion_that_a_gpu_starts_and_waits_for_counts_once():
+    text = """HloModule jit_f, is_scheduled=true
+
+%update (p: f32[9,64], i: s32[], x: f32[64]) -> f32[9,64] {
+  %p = f32[9,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = f32[64]{0} parameter(2)
+  %zero = s32[] constant(0)
+  %row = f32[1,64]{1,0} bitcast(%x)
+  ROOT %dus = f32[9,64]{1,0} dynamic-update-slice(%p, %row, %i, %zero)
+}
+
+ENTRY %main (p: f32[9,64], i: s32[], x: f32[64]) -> f32[9,64] {
+  %p = f32[9,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = f32[64]{0} parameter(2)
+  %start = ((f32[9,64]{1,0}, s32[], f32[64]{0}), f32[9,64]{1,0}, u32[]) fusion-start(%p, %i, %x), calls=%update
+  ROOT %done = f32[9,64]{1,0} fusion-done(%start), calls=%update
+}
+"""
+    assert traffic.memory_bytes(text) == 4 + 2 * 4 * 64  # the index, and the row read and written
+
+
 def test_a_loop_bound_that_depends_on_data_is_an_error():
     def power(count, x):
         return lax.while_loop(lambda c: c[0] < count, lambda c: (c[0] + 1, c[1] @ c[1]), (0, x))[1]
