@@ -89,7 +89,7 @@ def count(settings: dict[str, Any]) -> dict[str, float]:
     from moe_vlm_jax.planning import shapes, targets
 
     config = run_config(**settings)
-    text = shapes.make_shapes(config, targets.find("local", config.mesh).devices).lower().compile().as_text()
+    text = shapes.make_shapes(config, targets.find("local", config.mesh).devices).lower().compile().as_text() or ""
     mesh = {axis: getattr(config.mesh, axis) for axis in sharding.AXES}
     found = [c for c in collectives.collectives(text) if "expert" in collectives.axes_of(c, mesh)]
     dec, top_k = config.model.decoder, config.model.moe.top_k

@@ -63,7 +63,7 @@ def candidates(described: shapes.Shapes) -> Iterator[Candidate]:
     for fsdp in _divisors(row_devices):
         for expert in _divisors(row_devices // fsdp):
             sizes = (row_devices // fsdp // expert, fsdp, expert, tensor)
-            mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)
+            mesh: Any = jax.sharding.AbstractMesh(sizes, sharding.AXES)  # as good as one of devices: only shapes count
             try:
                 trainable = sharding.state_shardings(described.model.trainable, mesh)
                 frozen = sharding.state_shardings(described.model.frozen, mesh)

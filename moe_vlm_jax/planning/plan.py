@@ -4,6 +4,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 from absl import logging
@@ -188,7 +189,7 @@ def _compile(described: shapes.Shapes) -> tuple[str, Program | None, str]:
     seconds = time.perf_counter() - begin
     text = compiled.as_text() or ""
     flops, unknown = cost.known_flops(text or None)
-    figures = compiled.memory_analysis()
+    figures: Any = compiled.memory_analysis()
     mesh = described.model.mesh
     return (
         text,

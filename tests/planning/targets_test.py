@@ -70,7 +70,9 @@ def test_a_gpu_is_a_size_beside_the_program_of_this_machine():
 
 @pytest.mark.parametrize("name", ["v7", "tpu", "gpu24", "V5E", ""])
 def test_an_unknown_name_is_answered_with_the_known_ones(name):
-    with pytest.raises(ValueError, match=f"target '{name}' is unknown; use one of local, v3, v4, v5e, .* gpu:80"):
+    with pytest.raises(
+        ValueError, match=f"target '{name}' is unknown; use one of local, v3, v4, v5e, .* v5e:16x16, .* h100, .* gpu:80"
+    ):
         targets.find(name, mesh())
 
 
