@@ -22,12 +22,15 @@ def test_a_card_is_described_as_the_text_of_xlas_proto():
     assert "major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES" in gpus.target_config(gpus.GPUS["h100"])
 
 
-@pytest.mark.parametrize("version", [(0, 10, 2), (0, 12, 0)])
-def test_without_the_plug_in_it_says_what_to_install(monkeypatch, version):
+@pytest.mark.parametrize(
+    ("version", "plug_in", "said"), [((0, 10, 2), object(), "is installed"), ((0, 12, 0), None, "is not installed")]
+)
+def test_without_what_compiles_for_it_a_card_says_what_to_install(monkeypatch, version, plug_in, said):
     monkeypatch.setattr(jax, "__version_info__", version)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"'rtx4090' is compiled by jax 0.12 or newer .* plan for 'gpu:24'"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: plug_in)
+    with pytest.raises(ValueError, match=rf"{said}; run pip install .* plan for 'gpu:24'") as caught:
         targets.find("rtx4090", config_lib.MeshConfig())
+    assert "'rtx4090' is compiled by jax 0.12 or newer" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["h100:x", "h100:0"])
