@@ -77,8 +77,8 @@ def candidates(described: shapes.Shapes) -> Iterator[Candidate]:
                 arguments=_bytes(described.state, state)
                 + _bytes(described.model.frozen, frozen)
                 + _bytes(described.batch, batch),
-                # The gradients of a micro-batch, and their sum.
-                temporaries=gradients * min(steps, 2) + _activations(config, mesh.shape),
+                # The gradients of a micro-batch, their sum before it and after it; or the gradients and the updates.
+                temporaries=gradients * min(steps + 1, 3) + _activations(config, mesh.shape),
                 sent=steps * _sent(described, mesh.shape, trainable, frozen),
             )
 
@@ -144,9 +144,9 @@ def _unit(
             choices = local if model.moe.dispatch == "dense" else min(model.moe.top_k, local)
             rows = tokens * axes["expert"] * choices
         weights = (attention * dec.embed_dim + local * mlp) / tensor
-        values = tokens * (4 * dec.embed_dim + 2 * attention / tensor) + 3 * rows * dec.mlp_dim / tensor
-        values += 2 * rows * dec.embed_dim * (num_experts > 0)
+        values = tokens * (4 * dec.embed_dim + 2 * attention / tensor) + 2 * rows * dec.embed_dim * (num_experts > 0)
         total += (2 * weights + values) * width  # weights and their gradient
+        total += 3 * rows * dec.mlp_dim / tensor * FLOAT32_BYTES  # around the activation function
     return total
 
 
