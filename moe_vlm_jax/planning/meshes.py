@@ -2,7 +2,7 @@
 
 Arguments are exact: the arrays' own shapes, cut by sharding.RULES. Temporaries are a rough count of what is large:
 gradients, the residual stream that the backward needs, and the working set of the largest part. So are the bytes sent:
-weights gathered over 'fsdp' three times (forward, recomputation, backward), gradients summed, tokens moved to experts.
+weights gathered over 'fsdp' twice (forward and backward), gradients summed, tokens moved to experts.
 """
 
 import math
@@ -18,7 +18,7 @@ from moe_vlm_jax.planning import shapes
 from moe_vlm_jax.training import state as state_lib
 
 FLOAT32_BYTES = 4
-WEIGHT_GATHERS = 3
+WEIGHT_GATHERS = 2
 ROOM = 0.9  # of the memory: what the estimate may take, as it leaves small things and fragments out
 
 
@@ -94,7 +94,7 @@ def _sent(described: shapes.Shapes, axes: Mapping[str, int], trainable: Any, fro
             stored = size * (array.dtype.itemsize if array.dtype.itemsize < width else width)
             total += WEIGHT_GATHERS * (axes["fsdp"] - 1) * stored * ("fsdp" in cut)
             if trains:
-                total += FLOAT32_BYTES * size * sum(_gradient_shares(cut, axes))
+                total += width * size * sum(_gradient_shares(cut, axes))
     n, moves = axes["expert"], 4 if config.model.remat == "none" else 6
     each = moe.top_k * moe.capacity_factor * (n - 1) / n if moe.dispatch == "capacity" else n - 1
     layers = sum(map(bool, config.model.layer_experts))
