@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -54,6 +54,7 @@ class Program:
       unknown_flops: why it cannot.
       memory_traffic: bytes read from and written to main memory in a step; None where the counter cannot tell.
       exchanges: of a step; None where the counter cannot tell.
+      unknown_traffic: why one of them cannot, or ''.
       compile_seconds: of lowering and compiling.
     """
 
@@ -67,6 +68,7 @@ class Program:
     unknown_flops: str
     memory_traffic: float | None
     exchanges: tuple[Exchange, ...] | None
+    unknown_traffic: str
     compile_seconds: float
 
     @property
@@ -188,7 +190,9 @@ def _compile(described: shapes.Shapes) -> tuple[str, Program | None, str]:
         return "", None, _refusal(str(error))
     seconds = time.perf_counter() - begin
     text = compiled.as_text() or ""
-    flops, unknown = cost.known_flops(text or None)
+    flops, unknown_flops = cost.known_flops(text or None)
+    moved, unknown_moved = _known(traffic.memory_bytes, text)
+    found, unknown_found = _known(collectives_lib.collectives, text)
     figures: Any = compiled.memory_analysis()
     mesh = described.model.mesh
     return (
@@ -202,14 +206,24 @@ def _compile(described: shapes.Shapes) -> tuple[str, Program | None, str]:
             # XLA:CPU's peak leaves temporaries out.
             peak=None if mesh.devices.flat[0].platform == "cpu" else figures.peak_memory_in_bytes,
             flops=flops,
-            unknown_flops=unknown,
-            # Both stop at the same loops as the counter of FLOPs.
-            memory_traffic=None if unknown else traffic.memory_bytes(text),
-            exchanges=None if unknown else exchanges(collectives_lib.collectives(text), mesh.shape),
+            unknown_flops=unknown_flops,
+            memory_traffic=moved,
+            exchanges=None if found is None else exchanges(found, mesh.shape),
+            unknown_traffic=unknown_moved or unknown_found,
             compile_seconds=seconds,
         ),
         "",
     )
+
+
+def _known(count: Callable[[str], Any], text: str) -> tuple[Any, str]:
+    """Returns count(text) and '', or None and the reason why it cannot tell: the program is compiled all the same."""
+    if not text:
+        return None, "the backend does not show its programs"
+    try:
+        return count(text), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 def exchanges(found: Iterable[collectives_lib.Collective], mesh: Mapping[str, int]) -> tuple[Exchange, ...]:
@@ -237,8 +251,8 @@ def _no_estimate(program: Program, chip: chips.Chip | None, config: config_lib.R
     """Returns why a step's time cannot be estimated, or ''."""
     if chip is None:
         return "the target's rates are not known"
-    if program.unknown_flops:
-        return program.unknown_flops
+    if program.unknown_flops or program.unknown_traffic:
+        return program.unknown_flops or program.unknown_traffic
     if config.model.compute_dtype != "bfloat16":
         return f"published rates are of bfloat16, not of {config.model.compute_dtype}"
     return ""

@@ -81,6 +81,7 @@ def planned(**changes) -> plan.Plan:
             plan.Exchange("all-to-all", ("expert",), 96, 8 * 2**30, 6 * 2**30, 0.0),
             plan.Exchange("all-gather", ("data", "expert"), 7, 2 * 2**30, 2**30, 2**29),
         ),
+        unknown_traffic="",
         compile_seconds=61.0,
     )
     made = plan.Plan(
@@ -167,6 +168,17 @@ def test_a_float32_run_has_no_estimate():
     config.model.compute_dtype = "bfloat16"
     assert plan._no_estimate(program, chip, config) == ""
     assert plan._no_estimate(program, None, config) == "the target's rates are not known"
+
+
+def test_a_count_that_cannot_be_made_is_a_reason_and_not_the_end():
+    def cannot(text: str) -> float:
+        raise ValueError(f"{text} has a loop without an end")
+
+    assert plan._known(cannot, "this") == (None, "this has a loop without an end")
+    assert plan._known(len, "this") == (4, "")
+    program = dataclasses.replace(planned().program, unknown_traffic="a loop without an end")
+    config = examples.run_config(qlora=True)
+    assert plan._no_estimate(program, chips.CHIPS["v5e"], config) == "a loop without an end"
 
 
 def test_collectives_are_summed_by_kind_and_axes():
