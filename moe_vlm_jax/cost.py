@@ -107,9 +107,9 @@ class _Walk:
                 return {name: trips * flops for name, flops in body.items()}
             case "conditional":
                 return max(map(self.computation, instruction.callees()), key=lambda cost: sum(cost.values()))
-            case "fusion" | "call" | "async-start":
+            case "fusion" | "call" | "async-start" | "fusion-start" | "call-start":  # -start: XLA:GPU's, goes on
                 return self.computation(instruction.callees()[0])
-            case "async-update" | "async-done":  # name the computation that async-start called
+            case opcode if opcode.endswith(("-update", "-done")):  # name the computation that -start called
                 return {}
         if any(self.computation(callee) for callee in instruction.callees()):
             raise ValueError(
@@ -225,7 +225,7 @@ def _matmul_call_flops(call: hlo.Instruction, scope: hlo.Computation) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """Matmul FLOPs of one train step by part: vision, projector, attention, mlp, router, experts, head."""
+    """Matmul FLOPs of one train step by part: vision, projector, attention, mlp, router, experts, head, adapters."""
 
     forward: dict[str, float]
     backward: dict[str, float]
@@ -242,7 +242,7 @@ def analytic_step_flops(
 
     Every slot of every row counts, padding too. Attention counts the full T x T square: neither the causal mask nor
     the tree mask saves work in a dense kernel. The head counts every slot. The backward of a matmul multiplies once
-    for its weight, if that trains, and once for its input, if anything before it trains.
+    for its weight, if that trains, and once for its input, if anything before it trains. Adapters count apart.
 
     Args:
       config: the model.
@@ -251,7 +251,7 @@ def analytic_step_flops(
       num_images: images in the batch.
       trainable: patterns over parameter paths, as in TrainingConfig.trainable.
     """
-    count = _StepCount(trainable)
+    count = _StepCount(trainable, config.lora)
     count.vision(config.vision, num_images)
     dec = config.decoder
     tokens = num_rows * row_length
@@ -274,8 +274,9 @@ def analytic_step_flops(
 class _StepCount:
     """Adds matmuls in the order of the forward pass; `reached` says whether anything before trains."""
 
-    def __init__(self, trainable: Sequence[str]):
+    def __init__(self, trainable: Sequence[str], lora: config_lib.LoraConfig):
         self.trainable = trainable
+        self.lora = lora
         self.reached = False
         self.forward: dict[str, float] = collections.defaultdict(float)
         self.backward: dict[str, float] = collections.defaultdict(float)
@@ -284,14 +285,23 @@ class _StepCount:
         names = [path, *(f"{path}/{leaf}" for leaf in leaves)]
         return any(re.fullmatch(pattern, name) for pattern in self.trainable for name in names)
 
+    def adapts(self, path: str) -> bool:
+        """Whether a layer has adapters that train."""
+        adapted = self.lora.rank and any(re.fullmatch(pattern, path) for pattern in self.lora.targets)
+        return bool(adapted) and self.trains(path, ("lora_a", "lora_b"))
+
     def passed(self, *paths: str) -> None:
-        """Notes parameters that multiply no matrix."""
-        self.reached = self.reached or any(self.trains(path) for path in paths)
+        """Notes layers, or parameters that multiply no matrix: what comes after them has something to train before."""
+        self.reached = self.reached or any(self.trains(path) or self.adapts(path) for path in paths)
 
     def matmul(self, part: str, path: str, rows: int, in_dim: int, out_dim: int) -> None:
         flops = 2.0 * rows * in_dim * out_dim
         self.forward[part] += flops
         self.backward[part] += flops * (int(self.reached) + int(self.trains(path, ("kernel", "embedding"))))
+        if self.adapts(path):
+            down, up = 2.0 * rows * in_dim * self.lora.rank, 2.0 * rows * self.lora.rank * out_dim
+            self.forward["adapters"] += down + up
+            self.backward["adapters"] += down * (1 + self.reached) + 2 * up
         self.passed(path)
 
     def attention(self, part: str, path: str, *, sequences: int, length: int, dim: int, heads: int, kv: int) -> None:

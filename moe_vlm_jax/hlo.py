@@ -89,6 +89,16 @@ def dims(shape: str) -> tuple[int, ...]:
     return tuple(int(n) for n in found.group(2).split(",") if n)
 
 
+def num_bytes(shape: str) -> float:
+    """Returns the bytes of a printed shape without padding, a tuple's summed; 4-bit elements take half a byte."""
+    total = 0.0
+    for dtype, sizes in _SHAPE.findall(shape):
+        bits = re.match(r"[a-z]+(\d+)", dtype)  # f8e4m3fn has 8, c64 two floats of 32
+        width = 8 if dtype == "pred" else int(bits.group(1)) if bits else 0  # token, opaque: nothing
+        total += width / 8 * math.prod(int(n) for n in sizes.split(",") if n)
+    return total
+
+
 def trip_count(loop: Instruction, scope: Computation, computations: dict[str, Computation]) -> int:
     """Returns how often a while loop runs.
 

@@ -2,9 +2,10 @@
 
     python -m moe_vlm_jax.plan --config configs/sft.py[:ARGUMENT] [--config.a.b=value ...] [--target v5e:2x2 ...]
 
-Prints parameters, bytes by kind and, compiled for the target, the step's memory and FLOPs. Targets are 'local', a TPU
-that need not be there (extra 'plan') and 'gpu:GB'; --target may be repeated. --nocompile takes seconds; compiling a
-large model for a TPU takes minutes. No data and no weights are read.
+Prints parameters, bytes by kind and, compiled for the target, the step's memory, FLOPs, collectives and an estimate of
+its time; and which mesh would fit. Targets (planning/targets.py): 'local', a TPU slice ('v5e', 'v5e:4x4') or a GPU
+('h100:8') that need not be there, and 'gpu:GB'; --target may be repeated. --nocompile takes seconds; compiling a large
+model for a TPU takes minutes. No data and no weights are read. See docs/planning.md.
 """
 
 import json
@@ -18,7 +19,7 @@ from moe_vlm_jax import command_line
 from moe_vlm_jax.planning import plan, report, targets
 
 _CONFIG = command_line.define_config("configs/sft.py")
-_TARGETS = flags.DEFINE_multi_string("target", ["local"], "local, v5e, v5e:2x2, gpu:24, ...; may be repeated.")
+_TARGETS = flags.DEFINE_multi_string("target", ["local"], "local, v5e, v5e:4x4, h100:8, gpu:24, ...; may be repeated.")
 _JSON = flags.DEFINE_string("json", None, "File that also gets the plans, as a JSON list.")
 _COMPILE = flags.DEFINE_bool("compile", True, "Whether to compile the step.")
 

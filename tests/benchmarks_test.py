@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from benchmarks import data, pairing, run, workload
+from benchmarks import data, expert_parallel, pairing, run, workload
+from moe_vlm_jax.moe import dispatch as dispatch_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -54,3 +55,20 @@ def test_torch_and_jax_have_the_same_losses_before_and_after_an_update(tmp_path)
         with pairing.Worker("benchmarks.peers.torch_step", *arguments, dispatch, core=None) as worker:
             losses = [worker.ask("step")["loss"] for _ in range(2)]
         assert losses == pytest.approx(ours, abs=1e-3), dispatch
+
+
+@pytest.mark.parametrize("expert", [4, 8])
+def test_the_expert_parallel_load_has_as_many_slots_as_choices(expert):
+    moe = expert_parallel.run_config(expert=expert).model.moe
+    slots = dispatch_lib.capacity_of(
+        workload.ROW_LENGTH, expert, moe.top_k, factor=moe.capacity_factor, minimum=moe.min_capacity
+    )
+    assert slots * expert == workload.ROW_LENGTH * moe.top_k
+    assert moe.num_experts == (expert,) and moe.capacity_group == "row"
+
+
+@pytest.mark.slow
+def test_experts_exchange_little_more_than_they_must():
+    found = expert_parallel.measure(8, {"data": 2, "expert": 4})
+    assert 1.0 <= found["ratio"] <= 1.2
+    assert (found["all_to_alls"], found["weight_gathers"]) == (4, 0)

@@ -170,6 +170,7 @@ STAGES = {
     "everything": (".*",),
     "language model": ("decoder/.*", "projector/.*"),
     "head": ("decoder/lm_head/.*", "decoder/final_norm/.*"),
+    "adapters": (".*/lora_[ab]",),
 }
 
 
@@ -179,14 +180,18 @@ STAGES = {
         ("everything", {"layers": (1,), "num_experts": (3,), "dispatch": "dense"}),
         ("language model", {"placement": "none"}),
         ("head", {"layers": (1,), "num_experts": (3,), "dispatch": "dense"}),
+        ("adapters", {"layers": (1,), "num_experts": (3,), "dispatch": "dense"}),
     ],
 )
 def test_compiled_flops_of_a_model_equal_the_analytic_count(stage, moe):
     config = dataclasses.replace(TINY, moe=config_lib.MoEConfig(use_residual=True, top_k=2, **moe))
+    if stage == "adapters":  # of some layers, so that others only pass the gradient on
+        config.lora = config_lib.LoraConfig(rank=5, targets=(r"decoder/.*/(q|k|v|up)", r"decoder/lm_head"))
     counted = compiled_step_flops(config, STAGES[stage])
     # The dense dispatch computes every expert: count with all of them active.
     config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, top_k=3))
     expected = cost.analytic_step_flops(config, num_rows=2, row_length=24, num_images=1, trainable=STAGES[stage])
+    assert ("adapters" in expected.backward) == (stage == "adapters")
     # Beyond the model's matmuls: the weighting of the experts' outputs (k x D a token).
     assert expected.total <= counted <= 1.02 * expected.total, (counted, expected)
 

@@ -17,6 +17,8 @@ ALLOWED: dict[str, set[str]] = {
     "tree": set(),
     "batch": set(),
     "hlo": set(),
+    "collectives": {"hlo"},
+    "traffic": {"hlo"},
     "validation": {"config"},
     "sharding": {"config", "batch", "validation", "quant"},
     "cost": {"config", "hlo", "models"},
@@ -28,14 +30,27 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config", "batch"},
     "hf": {"models", "quant"},
     "training": {"models", "losses", "data", "hf", "cost", "quant"},
-    "planning": {"training", "models", "quant", "cost"},
+    "planning": {"training", "models", "quant", "cost", "collectives", "traffic"},
     "decoding": {"models"},
     "evaluation": {"decoding", "data"},
     "command_line": {"config", "validation"},
 }
 OPEN = {"config", "tree", "batch", "sharding", "validation"}
 # These stand below everything: what is open to all must not pull the rest in.
-CLOSED = {"config", "tree", "batch", "hlo", "validation", "sharding", "cost", "losses", "data", "command_line"}
+CLOSED = {
+    "config",
+    "tree",
+    "batch",
+    "hlo",
+    "collectives",
+    "traffic",
+    "validation",
+    "sharding",
+    "cost",
+    "losses",
+    "data",
+}
+CLOSED |= {"command_line"}
 # Command lines may import anything, and nobody imports them.
 COMMAND_LINES = {"train", "generate", "convert", "merge", "plan"}
 

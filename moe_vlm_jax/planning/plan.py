@@ -3,16 +3,39 @@
 import dataclasses
 import re
 import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 from absl import logging
 
+from moe_vlm_jax import collectives as collectives_lib
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import cost
-from moe_vlm_jax.planning import memory, targets
-from moe_vlm_jax.training import coverage, setup
-from moe_vlm_jax.training import optimizer as optimizer_lib
+from moe_vlm_jax import cost, traffic
+from moe_vlm_jax.planning import chips, memory, meshes, shapes, targets
+from moe_vlm_jax.planning import estimate as estimate_lib
+from moe_vlm_jax.training import coverage
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """Collectives of one kind over the same mesh axes, in one step on one device; bytes.
+
+    Attributes:
+      kind: of collectives.KINDS.
+      axes: of the mesh, along which devices exchange.
+      count: how many run.
+      payload: what they carry, see collectives.Collective.
+      sent: what the device sends.
+      hidden: the part of `sent` beside which the program goes on.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    count: int
+    payload: float
+    sent: float
+    hidden: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +52,9 @@ class Program:
         temporaries are one block that is there as long as the program runs.
       flops: of the matmuls; None where the counter cannot tell.
       unknown_flops: why it cannot.
+      memory_traffic: bytes read from and written to main memory in a step; None where the counter cannot tell.
+      exchanges: of a step; None where the counter cannot tell.
+      unknown_traffic: why one of them cannot, or ''.
       compile_seconds: of lowering and compiling.
     """
 
@@ -40,6 +66,9 @@ class Program:
     peak: int | None
     flops: float | None
     unknown_flops: str
+    memory_traffic: float | None
+    exchanges: tuple[Exchange, ...] | None
+    unknown_traffic: str
     compile_seconds: float
 
     @property
@@ -64,6 +93,10 @@ class Plan:
       capacity: bytes of memory of one device; None where nobody tells.
       program: None where it was not compiled, or did not fit.
       refusal: the compiler's own words when the program is too large for the target, else ''.
+      estimate: of a step's time; None where it cannot be made.
+      no_estimate: why not, or ''.
+      suggestion: the mesh over these devices that fits and sends least, by an estimate; None if none fits, or for one
+        device, or where the memory is not known.
     """
 
     target: str
@@ -77,6 +110,9 @@ class Plan:
     capacity: int | None
     program: Program | None
     refusal: str
+    estimate: estimate_lib.Estimate | None
+    no_estimate: str
+    suggestion: meshes.Candidate | None
 
     @property
     def left(self) -> int | None:
@@ -102,17 +138,19 @@ def make_plan(config: config_lib.RunConfig, target: targets.Target, *, compiled:
     Raises:
       ValueError: the mesh does not fit the devices or the parameters, or patterns do not fit the parameters.
     """
-    model = setup.make_model(config, target.devices)
-    config = dataclasses.replace(config, model=model.config)
-    # How many steps there are is a number in the schedule: any will do.
-    optimizer = optimizer_lib.make_optimizer(config.optimizer, config.training.max_steps or 1000)
-    state = setup.abstract_state(model, optimizer, config.training.seed)
-    batch = setup.abstract_batch(config, model.mesh)
-    program, refusal = None, ""
-    if compiled:
-        step = setup.make_step(model, optimizer, config, state)
-        platform = model.mesh.devices.flat[0].platform
-        program, refusal = _compile(step, (state, model.frozen, batch), platform)
+    described = shapes.make_shapes(config, target.devices)
+    config, model, batch = described.config, described.model, described.batch
+    text, program, refusal = _compile(described) if compiled else ("", None, "")
+    estimate, no_estimate = None, "" if program is None else _no_estimate(program, target.chip, config)
+    if program is not None and target.chip is not None and not no_estimate:
+        estimate = estimate_lib.estimate(
+            flops=program.flops or 0.0,
+            memory_bytes=program.memory_traffic or 0.0,
+            collectives=collectives_lib.collectives(text),
+            model_flops=_model_flops(described),
+            chip=target.chip,
+        )
+    several = model.mesh.size > 1 and target.memory is not None
     images = 0 if batch.images is None else batch.images.shape[1]
     shape = {
         "micro_batches": batch.tokens.shape[0],
@@ -129,41 +167,108 @@ def make_plan(config: config_lib.RunConfig, target: targets.Target, *, compiled:
         step=shape,
         coverage=coverage.rows(model.trainable, model.frozen),
         parameters=memory.parameters(model),
-        groups=memory.groups(model, state, batch),
+        groups=memory.groups(model, described.state, batch),
         capacity=target.memory,
         program=program,
         refusal=refusal,
+        estimate=estimate,
+        no_estimate=no_estimate,
+        suggestion=meshes.suggest(described, target.memory) if several and target.memory else None,
     )
 
 
-def _compile(step: Any, arguments: tuple[Any, ...], platform: str) -> tuple[Program | None, str]:
-    """Returns the program, or None and the reason when it is too large for its target."""
+def _compile(described: shapes.Shapes) -> tuple[str, Program | None, str]:
+    """Returns the program's text and figures, or None and the reason when it is too large for its target."""
     begin = time.perf_counter()
-    lowered = step.lower(*arguments)
+    lowered = described.lower()
     logging.info("compiling the step")
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return None, _refusal(str(error))
+        return "", None, _refusal(str(error))
     seconds = time.perf_counter() - begin
-    flops, unknown = cost.known_flops(compiled.as_text())
-    figures = compiled.memory_analysis()
+    text = compiled.as_text() or ""
+    flops, unknown_flops = cost.known_flops(text or None)
+    moved, unknown_moved = _known(traffic.memory_bytes, text)
+    found, unknown_found = _known(collectives_lib.collectives, text)
+    figures: Any = compiled.memory_analysis()
+    mesh = described.model.mesh
     return (
+        text,
         Program(
             arguments=figures.argument_size_in_bytes,
             outputs=figures.output_size_in_bytes,
             aliased=figures.alias_size_in_bytes,
             temporaries=figures.temp_size_in_bytes,
             code=figures.generated_code_size_in_bytes,
-            peak=None if platform == "cpu" else figures.peak_memory_in_bytes,  # XLA:CPU's leaves temporaries out
+            # XLA:CPU's peak leaves temporaries out.
+            peak=None if mesh.devices.flat[0].platform == "cpu" else figures.peak_memory_in_bytes,
             flops=flops,
-            unknown_flops=unknown,
+            unknown_flops=unknown_flops,
+            memory_traffic=moved,
+            exchanges=None if found is None else exchanges(found, mesh.shape),
+            unknown_traffic=unknown_moved or unknown_found,
             compile_seconds=seconds,
         ),
         "",
     )
+
+
+def _known(count: Callable[[str], Any], text: str) -> tuple[Any, str]:
+    """Returns count(text) and '', or None and the reason why it cannot tell: the program is compiled all the same."""
+    if not text:
+        return None, "the backend does not show its programs"
+    try:
+        return count(text), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def exchanges(found: Iterable[collectives_lib.Collective], mesh: Mapping[str, int]) -> tuple[Exchange, ...]:
+    """Returns the collectives by kind and axes, the one that sends most first; those of single devices left out."""
+    grouped: dict[tuple[str, tuple[str, ...]], list[collectives_lib.Collective]] = {}
+    for collective in found:
+        axes = collectives_lib.axes_of(collective, mesh)
+        if axes:
+            grouped.setdefault((collective.kind, axes), []).append(collective)
+    summed = [
+        Exchange(
+            kind=kind,
+            axes=axes,
+            count=sum(c.count for c in members),
+            payload=sum(c.total_bytes for c in members),
+            sent=sum(c.total_sent_bytes for c in members),
+            hidden=sum(c.total_sent_bytes for c in members if c.asynchronous),
+        )
+        for (kind, axes), members in grouped.items()
+    ]
+    return tuple(sorted(summed, key=lambda exchange: -exchange.sent))
+
+
+def _no_estimate(program: Program, chip: chips.Chip | None, config: config_lib.RunConfig) -> str:
+    """Returns why a step's time cannot be estimated, or ''."""
+    if chip is None:
+        return "the target's rates are not known"
+    if program.unknown_flops or program.unknown_traffic:
+        return program.unknown_flops or program.unknown_traffic
+    if config.model.compute_dtype != "bfloat16":
+        return f"published rates are of bfloat16, not of {config.model.compute_dtype}"
+    return ""
+
+
+def _model_flops(described: shapes.Shapes) -> float:
+    """Returns the FLOPs that the model needs in a step on one device, k experts active and nothing recomputed."""
+    config, batch = described.config, described.batch
+    micro_batch = cost.analytic_step_flops(
+        config.model,
+        num_rows=batch.tokens.shape[1],
+        row_length=batch.tokens.shape[2],
+        num_images=0 if batch.images is None else batch.images.shape[1],
+        trainable=config.training.trainable,
+    )
+    return micro_batch.total * batch.tokens.shape[0] / described.model.mesh.size
 
 
 def _refusal(message: str) -> str:

@@ -1,6 +1,7 @@
 """A plan as text for people and as JSON."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -28,8 +29,11 @@ def table(made: plan.Plan) -> str:
         *_group_rows(made.groups),
         "",
         *_program_rows(made),
+        *_exchange_rows(made),
+        *_estimate_rows(made),
         *([f"note: {made.remark}"] if made.remark else []),
         verdict(made),
+        *_suggestion(made),
     ]
     return "\n".join(lines)
 
@@ -52,6 +56,10 @@ def as_json(made: plan.Plan) -> dict[str, Any]:
     values["coverage"] = [row._asdict() for row in made.coverage]
     values["parameters"] = {name: count._asdict() for name, count in made.parameters.items()}
     values["groups"] = {name: group._asdict() for name, group in made.groups.items()}
+    if made.estimate is not None:
+        properties = {"step": made.estimate.step, "bound": made.estimate.bound, "mfu": made.estimate.mfu}
+        values["estimate"] = dataclasses.asdict(made.estimate) | properties
+    values["suggestion"] = None if made.suggestion is None else made.suggestion._asdict()
     return values | {"fits": made.fits, "bytes_left": made.left}
 
 
@@ -78,12 +86,69 @@ def _program_rows(made: plan.Plan) -> Iterable[str]:
     yield from (_row(f"  {name}", (_size(n),)) for name, n in sizes.items() if n is not None)
     flops = f"{program.flops / 1e12:,.2f} TFLOP" if program.flops is not None else f"unknown: {program.unknown_flops}"
     yield _row("  matmuls", (flops,))
+    if program.memory_traffic is not None:
+        yield _row("  memory traffic", (_size(program.memory_traffic),))
     yield _row("  compile time", (f"{program.compile_seconds:.0f} s",))
+
+
+def _exchange_rows(made: plan.Plan) -> Iterable[str]:
+    if made.program is None or not made.program.exchanges:
+        return
+    yield ""
+    yield _row("collectives of a step", ("over", "count", "payload", "sent", "hidden"))
+    for exchange in made.program.exchanges:
+        sizes = [_size(n) for n in (exchange.payload, exchange.sent, exchange.hidden)]
+        yield _row(f"  {exchange.kind}", ("+".join(exchange.axes), f"{exchange.count:,}", *sizes))
+    sums = (sum(getattr(e, name) for e in made.program.exchanges) for name in ("payload", "sent", "hidden"))
+    count = sum(e.count for e in made.program.exchanges)
+    yield _row("  sum", ("", f"{count:,}", *(_size(n) for n in sums)))
+
+
+def _estimate_rows(made: plan.Plan) -> Iterable[str]:
+    if made.estimate is None:
+        if made.no_estimate:
+            yield f"no estimate of the step's time: {made.no_estimate}"
+        return
+    estimate, step = made.estimate, made.step
+    slots = step["micro_batches"] * step["rows"] * step["row_length"]
+    seconds = {
+        "matmuls at the published rate": estimate.compute,
+        "memory traffic": estimate.memory,
+        "collectives, hidden": estimate.hidden_collectives,
+        "collectives, waited for": estimate.exposed_collectives,
+    }
+    yield ""
+    yield _row("roofline of a step", ("one device",))
+    yield from (_row(f"  {name}", (f"{n * 1e3:,.1f} ms",)) for name, n in seconds.items())
+    yield _row("  step takes at least", (f"{estimate.step * 1e3:,.1f} ms",))
+    yield _row("  model FLOPs utilisation", (f"{estimate.mfu:.1%} at most",))
+    yield _row("  slots a second", (f"{slots / estimate.step:,.0f} at most",))
+    yield "  (max of the first three + the fourth; mostly " + estimate.bound + "; nothing was measured)"
+
+
+def _suggestion(made: plan.Plan) -> Iterable[str]:
+    found = made.suggestion
+    devices = math.prod(made.mesh.values())
+    if found is None:
+        if devices > 1 and made.fits is False:
+            yield (
+                f"no mesh of data, fsdp and expert over {devices} devices is estimated to fit (with "
+                f"training.batch_size={made.step['rows']}, a multiple of the devices that share rows); take more "
+                "devices, or training.batch_size lower and accumulation higher"
+            )
+        return
+    axes = " ".join(f"--config.mesh.{axis}={n}" for axis, n in found.mesh.items() if axis != "data" and n > 1)
+    same = found.mesh == made.mesh
+    yield (
+        f"{'this mesh' if same else 'suggested: ' + (axes or 'data only')} "
+        f"{'is the one that fits and sends least' if same else ''}".rstrip()
+        + f" (estimated: {_size(found.needed)} of a device, {_size(found.sent)} sent in a step)"
+    )
 
 
 def _row(name: str, cells: Sequence[str]) -> str:
     return f"{name:30}" + "".join(f"{cell:>18}" for cell in cells)
 
 
-def _size(n: int) -> str:
+def _size(n: float) -> str:
     return f"{n / _GIB:,.2f} GiB" if abs(n) >= _GIB else f"{n / _MIB:,.1f} MiB"

@@ -6,7 +6,8 @@ import json
 import jax
 import pytest
 
-from moe_vlm_jax.planning import memory, plan, report, targets
+from moe_vlm_jax import collectives
+from moe_vlm_jax.planning import chips, estimate, memory, meshes, plan, report, shapes, targets
 from tests.planning import examples
 
 
@@ -55,7 +56,7 @@ class TooLarge:
 
 def test_a_program_that_the_compiler_refuses_does_not_fit(monkeypatch):
     config = examples.run_config(qlora=True)
-    monkeypatch.setattr(plan.setup, "make_step", lambda *arguments: TooLarge())
+    monkeypatch.setattr(shapes.setup, "make_step", lambda *arguments: TooLarge())
     made = plan.make_plan(config, targets.find("local", config.mesh), compiled=True)
     assert made.fits is False
     assert made.refusal == "Used 25.20G of 15.75G hbm. Exceeded hbm capacity by 9.45G."
@@ -75,6 +76,12 @@ def planned(**changes) -> plan.Plan:
         peak=8 * 2**30,
         flops=12.5e12,
         unknown_flops="",
+        memory_traffic=300e9,
+        exchanges=(
+            plan.Exchange("all-to-all", ("expert",), 96, 8 * 2**30, 6 * 2**30, 0.0),
+            plan.Exchange("all-gather", ("data", "expert"), 7, 2 * 2**30, 2**30, 2**29),
+        ),
+        unknown_traffic="",
         compile_seconds=61.0,
     )
     made = plan.Plan(
@@ -89,6 +96,16 @@ def planned(**changes) -> plan.Plan:
         capacity=16 * 2**30,
         program=program,
         refusal="",
+        estimate=estimate.Estimate(
+            compute=0.25,
+            memory=0.125,
+            hidden_collectives=0.05,
+            exposed_collectives=0.5,
+            model_flops=15e12,
+            peak_flops=100e12,
+        ),
+        no_estimate="",
+        suggestion=meshes.Candidate({"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}, 2.0**31, 2.0**30, 5.0 * 2**30),
     )
     return dataclasses.replace(made, **changes)
 
@@ -110,10 +127,78 @@ def test_the_table_names_every_part():
     text = report.table(planned(remark="a note"))
     assert "v5e: TPU v5 lite, data 2, expert 4" in text
     assert "step: 1 x 4 rows of 1,088 slots, with 4 images of 576 tokens" in text
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    for row in (
+        "all-to-all expert 96 8.00 GiB 6.00 GiB 0.0 MiB",
+        "all-gather data+expert 7 2.00 GiB 1.00 GiB 512.0 MiB",
+        "sum 103 10.00 GiB 7.00 GiB 512.0 MiB",
+        "memory traffic 125.0 ms",
+        "step takes at least 750.0 ms",
+        "model FLOPs utilisation 20.0% at most",
+        "slots a second 5,803 at most",
+        "(max of the first three + the fourth; mostly exposed collectives; nothing was measured)",
+    ):
+        assert row in rows, row
+    suggestion = (
+        "--config.mesh.fsdp=2 --config.mesh.expert=4 (estimated: 3.00 GiB of a device, 5.00 GiB sent in a step)"
+    )
+    assert rows[-1] == f"suggested: {suggestion}"
     for row in ("5,610,000,000", "2.00 GiB          1.00 GiB", "temporaries", "12.50 TFLOP", "61 s", "note: a note"):
         assert row in text
     unknown = dataclasses.replace(planned().program, flops=None, unknown_flops="a loop without an end", peak=None)
     assert "unknown: a loop without an end" in report.table(planned(program=unknown))
+
+
+def test_no_estimate_says_why_and_no_mesh_what_to_do():
+    text = report.table(planned(estimate=None, no_estimate="the target's rates are not known", suggestion=None))
+    assert "no estimate of the step's time: the target's rates are not known" in text
+    assert "suggested" not in text
+    text = report.table(planned(capacity=2**30, suggestion=None))
+    assert "no mesh of data, fsdp and expert over 8 devices is estimated to fit (with training.batch_size=4" in text
+    same = meshes.Candidate({"data": 2, "fsdp": 1, "expert": 4, "tensor": 1}, 2.0**31, 2.0**30, 5.0 * 2**30)
+    assert "this mesh is the one that fits and sends least" in report.table(planned(suggestion=same))
+
+
+def test_a_float32_run_has_no_estimate():
+    config = examples.run_config(qlora=True)
+    program = planned().program
+    assert program is not None
+    chip = chips.CHIPS["v5e"]
+    assert plan._no_estimate(program, chip, config) == "published rates are of bfloat16, not of float32"
+    config.model.compute_dtype = "bfloat16"
+    assert plan._no_estimate(program, chip, config) == ""
+    assert plan._no_estimate(program, None, config) == "the target's rates are not known"
+
+
+def test_a_count_that_cannot_be_made_is_a_reason_and_not_the_end():
+    def cannot(text: str) -> float:
+        raise ValueError(f"{text} has a loop without an end")
+
+    assert plan._known(cannot, "this") == (None, "this has a loop without an end")
+    assert plan._known(len, "this") == (4, "")
+    program = dataclasses.replace(planned().program, unknown_traffic="a loop without an end")
+    config = examples.run_config(qlora=True)
+    assert plan._no_estimate(program, chips.CHIPS["v5e"], config) == "a loop without an end"
+
+
+def test_collectives_are_summed_by_kind_and_axes():
+    def found(kind, groups, count, asynchronous):
+        return collectives.Collective(kind, "", "", groups, len(groups[0]), asynchronous, count, 100.0)
+
+    pairs = ((0, 1), (2, 3), (4, 5), (6, 7))
+    summed = plan.exchanges(
+        [
+            found("all-gather", pairs, 3, True),
+            found("all-gather", pairs, 1, False),
+            found("all-gather", ((0, 4), (1, 5), (2, 6), (3, 7)), 1, False),
+            found("all-reduce", ((0,), (1,)), 9, False),  # of single devices
+        ],
+        {"data": 2, "fsdp": 1, "expert": 2, "tensor": 2},
+    )
+    assert summed == (
+        plan.Exchange("all-gather", ("tensor",), 4, 400.0, 200.0, 150.0),
+        plan.Exchange("all-gather", ("data",), 1, 100.0, 50.0, 0.0),
+    )
 
 
 def test_json_has_the_figures_of_the_table():
@@ -122,6 +207,9 @@ def test_json_has_the_figures_of_the_table():
     assert values["parameters"]["model"] == {"total": 5610000000, "activated": 3930000000, "trainable": 3932160}
     assert values["groups"]["batch"] == {"parameters": 0, "bytes": 2**31, "device_bytes": 2**30}
     assert values["program"]["temporaries"] == 5 * 2**30
+    assert values["program"]["exchanges"][0]["axes"] == ["expert"]
+    assert values["estimate"]["step"] == 0.75 and values["estimate"]["bound"] == "exposed collectives"
+    assert values["suggestion"]["mesh"]["fsdp"] == 2
 
 
 @pytest.mark.slow

@@ -70,7 +70,9 @@ def test_a_gpu_is_a_size_beside_the_program_of_this_machine():
 
 @pytest.mark.parametrize("name", ["v7", "tpu", "gpu24", "V5E", ""])
 def test_an_unknown_name_is_answered_with_the_known_ones(name):
-    with pytest.raises(ValueError, match=f"target '{name}' is unknown; use one of local, v3, v4, v5e, .* gpu:80"):
+    with pytest.raises(
+        ValueError, match=f"target '{name}' is unknown; use one of local, v3, v4, v5e, .* v5e:16x16, .* h100, .* gpu:80"
+    ):
         targets.find(name, mesh())
 
 
@@ -99,6 +101,7 @@ def test_libtpu_describes_the_chips_of_the_table():
     assert {name: len(target.devices) for name, target in found.items()} == dict.fromkeys(targets.TPUS, 1)
     assert {target.devices[0].platform for target in found.values()} == {"tpu"}
     assert {name for name, target in found.items() if target.remark} == {"v3", "v4"}
-    assert len(targets.find("v5e:4x4", mesh()).devices) == 16
+    sizes = {name: len(targets.find(name, mesh()).devices) for _, known in targets.TPUS.values() for name in known}
+    assert (sizes["v5e:4x4"], sizes["v6e:16x16"], sizes["v5p:4x4x4"], sizes["v4:4x4x4"]) == (16, 256, 64, 128)
     with pytest.raises(ValueError, match="libtpu knows no topology 'v5e:3x5'"):
         targets.find("v5e:3x5", mesh())
