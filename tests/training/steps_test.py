@@ -76,7 +76,7 @@ def test_the_balance_loss_is_the_mean_over_micro_batches():
     np.testing.assert_allclose(both["train/loss"], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["PRETRAIN", "FINETUNE_MOE"])
+@pytest.mark.parametrize("name", ["PRETRAIN", "FFN_ALL"])
 def test_after_one_step_frozen_leaves_are_the_same_bits_and_trainable_ones_moved(name):
     config = _config()
     train_step, state, frozen = _start(config, getattr(stages, name))
