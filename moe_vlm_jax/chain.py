@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import validation
 
-# What may differ between a checkpoint and the model that reads it: they decide how parameters are used, not which exist.
+# What may differ between a checkpoint and the model that reads it: how parameters are used or drawn, not which exist.
 _FREE = {"max_positions", "embed_dropout", "residual_dropout", "embed_init_std", "position_init_std"}
 
 
@@ -98,8 +98,8 @@ def _misfits(name: str, model: config_lib.ModelConfig, source: str, held: config
     fewer = held.decoder.max_positions
     if model.decoder.max_positions > fewer:
         yield (
-            f"{name}.model.decoder.max_positions={model.decoder.max_positions} exceeds the {fewer} of its base {source}; "
-            "lower it, or raise the other."
+            f"{name}.model.decoder.max_positions={model.decoder.max_positions} exceeds the {fewer} of its base "
+            f"{source}; lower it, or raise the other."
         )
     for section in ("vision", "decoder"):
         mine, theirs = getattr(model, section), getattr(held, section)
@@ -116,6 +116,6 @@ def _misfits(name: str, model: config_lib.ModelConfig, source: str, held: config
     experts = (model.layer_experts, model.moe.use_residual)
     if any(held.layer_experts) and experts != (held.layer_experts, held.moe.use_residual):
         yield (
-            f"{name} has experts by layer {model.layer_experts}, but its base {source} has {held.layer_experts}; only a "
-            "dense base can be given experts; make layers, numbers and use_residual of model.moe equal."
+            f"{name} has experts by layer {model.layer_experts}, but its base {source} has {held.layer_experts}; "
+            "only a dense base can be given experts; make layers, numbers and use_residual of model.moe equal."
         )

@@ -221,13 +221,13 @@ class TrainingConfig:
 
     trainable: tuple[str, ...] = ("projector/.*", "decoder/.*")  # patterns over parameter paths
     frozen: tuple[str, ...] = ("vision/.*",)  # together they must name every parameter exactly once
-    # Folder of a checkpoint in HF layout (a dense one is upcycled); in a chain also '@NAME', the checkpoint that the run
-    # NAME leaves; empty: random initial weights.
+    # Folder of a checkpoint in HF layout (a dense one is upcycled); in a chain also '@NAME', the checkpoint that the
+    # run NAME leaves; empty: random initial weights.
     base: str = ""
     base_vision: str = ""  # folder of the vision tower; empty: base's own, or the one that it names
     base_projector: str = ""  # file or folder; empty: base's own; 'random' draws a new one, as stage I does
-    # Relative standard deviation of noise on the kernels of upcycled experts, which else start as equal copies; 0: none.
-    # Only for a dense base.
+    # Relative standard deviation of noise on the kernels of upcycled experts, which else start as equal copies. For
+    # a dense base.
     upcycling_noise: float = 0.0
     adapter: str = ""  # folder of an adapter of this base, in PEFT's layout, to go on from; empty: new adapters
     seed: int = 0

@@ -188,8 +188,8 @@ def _from_hf(bare: nnx.State, config, training: config_lib.TrainingConfig, mesh)
 
 def _noise_without_upcycling(training: config_lib.TrainingConfig) -> str:
     return (
-        f"training.upcycling_noise={training.upcycling_noise!r} has no effect: the base {training.base!r} is not dense, "
-        "so none of its MLPs is copied into experts; leave it at 0.0."
+        f"training.upcycling_noise={training.upcycling_noise!r} has no effect: the base {training.base!r} is not "
+        "dense, so none of its MLPs is copied into experts; leave it at 0.0."
     )
 
 

@@ -1,7 +1,9 @@
 """What a finished run of a chain leaves behind: its checkpoint in HF layout and its line of the chain's table.
 
     <run>/model/          config.json and safetensors, as the reference and training.base read them
-    <run>/summary.json    steps, loss at both ends, held-out scores; written last: with it, the run is finished
+    <run>/summary.json    steps, loss at both ends, held-out scores
+
+The summary is written last: with it, the run is finished.
 """
 
 import json
@@ -20,7 +22,7 @@ from moe_vlm_jax.training import base
 
 _LAYOUT = "moe_llava"
 _SUMMARY = "summary.json"
-_COLUMNS = ("run", "steps", "trained", "loss from", "to", "exact match from", "to", "ANLS from", "to", "blind", "shuffled")
+_COLUMNS = ("run", "steps", "trained", "loss from", "to", "exact match from", "to", "ANLS from", "to", "blind")
 
 
 def check(config: config_lib.RunConfig) -> None:
@@ -99,11 +101,9 @@ def table(summaries: list[Mapping[str, Any]]) -> str:
                 f"{found['trained_parameters']:,}",
                 *(f"{found['loss'][end]:.3f}" for end in ("start", "end")),
                 *(cell(key, metric) for metric in ("exact_match", "anls") for key in ("before", "after")),
-                *(cell(key, "exact_match") for key in ("blind", "shuffled")),
+                cell("blind", "exact_match"),
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    lines = (
-        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows
-    )
+    lines = ([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows)
     return "\n".join("  ".join(line) for line in lines)
