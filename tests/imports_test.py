@@ -31,11 +31,14 @@ ALLOWED: dict[str, set[str]] = {
     "planning": {"training", "models", "quant", "cost"},
     "decoding": {"models"},
     "evaluation": {"decoding", "data"},
-    "command_line": {"config", "validation"},
+    "chain": {"config", "validation"},
+    "command_line": {"config", "validation", "chain"},
+    "assets": set(),
 }
 OPEN = {"config", "tree", "batch", "sharding", "validation"}
 # These stand below everything: what is open to all must not pull the rest in.
 CLOSED = {"config", "tree", "batch", "hlo", "validation", "sharding", "cost", "losses", "data", "command_line"}
+CLOSED |= {"chain", "assets"}
 # Command lines may import anything, and nobody imports them.
 COMMAND_LINES = {"train", "generate", "convert", "merge", "plan"}
 

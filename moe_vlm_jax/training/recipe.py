@@ -37,6 +37,19 @@ def check_size(size: str, config_file: str, *, suffixes: Sequence[str] = ()) -> 
         raise ValueError(f"{config_file} has no argument {size!r}; use one of {', '.join(SIZES)}{also}.")
 
 
+def tiny_optimizer() -> config_lib.OptimizerConfig:
+    """What trains a model of a million parameters in a few hundred steps: Muon for its matrices."""
+    return config_lib.OptimizerConfig(
+        name="muon",
+        learning_rate=3e-3,
+        muon_learning_rate=3e-3,
+        warmup_ratio=0.03,
+        final_ratio=0.02,
+        b2=0.98,
+        weight_decay=0.01,
+    )
+
+
 def tiny_pretraining() -> config_lib.RunConfig:
     """Stands in for the ready-made tower and language model that a tiny model does not have.
 
@@ -48,7 +61,9 @@ def tiny_pretraining() -> config_lib.RunConfig:
     config.data.eval_split = ""
     config.evaluation = config_lib.EvaluationConfig()
     config.model.moe = config_lib.MoEConfig(placement="none")
-    config.training.seed = 1  # with stage I's seed, the projector that it draws would be the one that this run began with
+    config.training.seed = (
+        1  # with stage I's seed, the projector that it draws would be the one that this run began with
+    )
     return config
 
 
@@ -118,15 +133,7 @@ def _tiny(stage: stages.Stage, *, steps: int) -> config_lib.RunConfig:
     return config_lib.RunConfig(
         model=presets.tiny(vocab_size=len(vocabulary.words())),
         data=data,
-        optimizer=config_lib.OptimizerConfig(
-            name="muon",
-            learning_rate=3e-3,
-            muon_learning_rate=3e-3,
-            warmup_ratio=0.03,
-            final_ratio=0.02,
-            b2=0.98,
-            weight_decay=0.01,
-        ),
+        optimizer=tiny_optimizer(),
         training=config_lib.TrainingConfig(
             **stage._asdict(),
             batch_size=16,
