@@ -83,7 +83,10 @@ def train_chain(config: config_lib.Chain, workdir: pathlib.Path) -> None:
     runs = {name: chain.placed(run, workdir) for name, run in chain.runs(config).items()}
     with command_line.user_errors():
         for name, run_config in runs.items():  # what is wrong with the last run is said before the first one trains
-            _check_run(run_config, workdir / name, made_here=chain.parent(getattr(config, name)) is not None)
+            try:
+                _check_run(run_config, workdir / name, made_here=chain.parent(getattr(config, name)) is not None)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
     for number, (name, run_config) in enumerate(runs.items(), start=1):
         folder = workdir / name
         if export.read_summary(folder) is None:

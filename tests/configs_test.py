@@ -93,7 +93,8 @@ def test_the_siblings_differ_in_experts_and_in_what_trains_alone():
 
 @pytest.mark.parametrize("name", ["sft", "stage1", "stage2", "stage3", "moe_tuning", "siblings"])
 def test_without_an_argument_it_is_tiny(name):
-    assert _load(name).get_config() == _load(name).get_config("tiny")
+    module = _load(name)
+    assert module.get_config() == module.get_config("tiny")
 
 
 @pytest.mark.parametrize(
