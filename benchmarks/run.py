@@ -16,7 +16,12 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Group -> modules of this folder, each with figures() -> iterable of dicts.
-GROUPS = {"sft": ("sft", "data"), "nf4": ("nf4", "qlora"), "quality": ("qlora_quality",)}
+GROUPS = {
+    "sft": ("sft", "data"),
+    "nf4": ("nf4", "qlora"),
+    "quality": ("qlora_quality",),
+    "moe_tuning": ("moe_tuning",),
+}
 COLUMNS = ("group", "name", "value", "unit", "against")
 
 
