@@ -5,7 +5,7 @@
     stage2_exact_match                   of the checkpoint that all siblings start from
     <sibling>_exact_match                dense | moe_only | ffn_all, mean over the seeds
 
-Synthetic infographics, held-out questions. The siblings take the same data in the same order and the same steps from the
+Synthetic infographics, held-out questions. The siblings take the same data, order and steps from the
 chain's stage II; a seed is that of routers, order and dropout.
 """
 
