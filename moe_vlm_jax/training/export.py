@@ -87,7 +87,7 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any] | None:
 
 def table(summaries: list[Mapping[str, Any]]) -> str:
     """Returns the runs of a chain side by side, as text; '-' where a run was not evaluated."""
-    rows = [_COLUMNS]
+    rows: list[tuple[str, ...]] = [_COLUMNS]
     for found in summaries:
         scores = found["scores"]
 
