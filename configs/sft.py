@@ -49,7 +49,7 @@ def _tiny(*, adapters_only: bool) -> config_lib.RunConfig:
             base=assets.tiny_base(),
             batch_size=16,
             accumulation=1,
-            max_steps=500,
+            max_steps=1000,
             log_every=20,
             checkpoint_every=1000,
             checkpoint_seconds=60.0,
