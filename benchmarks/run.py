@@ -21,6 +21,7 @@ GROUPS = {
     "nf4": ("nf4", "qlora"),
     "quality": ("qlora_quality",),
     "expert_parallel": ("expert_parallel",),
+    "moe_tuning": ("moe_tuning",),
 }
 COLUMNS = ("group", "name", "value", "unit", "against")
 

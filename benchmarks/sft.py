@@ -123,12 +123,21 @@ def input_stall_share() -> float:
         overrides = {
             "training.max_steps": STALL_STEPS,
             "training.log_every": STALL_STEPS // 4,
+            "training.base": "",  # as any weights
             "data.eval_split": "",
             "evaluation.batch_size": config_lib.EvaluationConfig().batch_size,  # has no effect without an eval_split
         }
         subprocess.run(
             [
-                *(sys.executable, "-m", "moe_vlm_jax.train", "--config", "configs/base.py", "--workdir", str(workdir)),
+                *(
+                    sys.executable,
+                    "-m",
+                    "moe_vlm_jax.train",
+                    "--config",
+                    "configs/sft.py:tiny-full",
+                    "--workdir",
+                    str(workdir),
+                ),
                 *(f"--config.{name}={value}" for name, value in overrides.items()),
             ],
             check=True,

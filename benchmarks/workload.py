@@ -19,7 +19,7 @@ from moe_vlm_jax.training import stages
 
 IMAGE_TOKENS = 64
 ROW_LENGTH = 256
-STAGES = {"full": stages.FINETUNE, "experts": stages.FINETUNE_MOE, "lora": stages.LORA}
+STAGES = {"full": stages.FINETUNE, "experts": stages.FFN_ALL, "lora": stages.LORA}
 
 
 def run_config(*, embed_dim: int, stage: str, num_rows: int) -> config_lib.RunConfig:

@@ -1,6 +1,7 @@
 """Supervised fine-tuning with QLoRA: adapters beside a frozen 4-bit base.
 
-    configs/sft.py                 the tiny base (configs/base.py, trained first) on the embedded synthetic infographics
+    configs/sft.py                 the tiny base that ships with the package, on the embedded synthetic infographics
+    configs/sft.py:tiny-full       the same base, all parameters in float32 instead: what QLoRA is measured against
     configs/sft.py:phi2-4e         MoE-LLaVA checkpoints on InfographicVQA; also stablelm-4e, qwen-4e
     configs/sft.py:phi2-4e-384     the same with SigLIP at 384 pixels; also stablelm-4e-384, qwen-4e-384
 
@@ -8,41 +9,47 @@ The large ones need paths: --config.training.base, --config.data.path and --conf
 adapters is --config.model.lora.targets, with the usual choices in models/adapters.py.
 """
 
+from moe_vlm_jax import assets
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.data import presets as data_presets
 from moe_vlm_jax.data.infographics import vocabulary
 from moe_vlm_jax.models import adapters, presets
-from moe_vlm_jax.training import stages
+from moe_vlm_jax.training import recipe, stages
 
 
 def get_config(argument: str = "tiny") -> config_lib.RunConfig:
     """Returns the config of an argument, see above."""
-    if argument == "tiny":
-        return _tiny()
+    if argument in ("tiny", "tiny-full"):
+        return _tiny(adapters_only=argument == "tiny")
     if argument not in presets.MOE_LLAVA:
-        known = ", ".join(["tiny", *presets.MOE_LLAVA])
+        known = ", ".join(["tiny", "tiny-full", *presets.MOE_LLAVA])
         raise ValueError(f"configs/sft.py has no argument {argument!r}; use one of {known}.")
     return _moe_llava(argument)
 
 
-def _tiny() -> config_lib.RunConfig:
+def _tiny(*, adapters_only: bool) -> config_lib.RunConfig:
     model = presets.tiny(vocab_size=len(vocabulary.words()))
-    model.quant = config_lib.QuantConfig(kind="nf4")
-    # The base's tower, projector and head are as young as the rest of it, and learn on; real ones are finished.
-    young = (r"projector/linears/\d+", r"vision/(patch_embed|blocks/.*)", r"decoder/lm_head")
-    model.lora = config_lib.LoraConfig(rank=32, alpha=64.0, targets=(*adapters.ALL_LINEAR, *young))
+    if adapters_only:
+        model.quant = config_lib.QuantConfig(kind="nf4")
+        # The base's tower, projector and head are as young as the rest of it, and learn on; real ones are finished.
+        young = (r"projector/linears/\d+", r"vision/(patch_embed|blocks/.*)", r"decoder/lm_head")
+        model.lora = config_lib.LoraConfig(rank=32, alpha=64.0, targets=(*adapters.ALL_LINEAR, *young))
+        optimizer = config_lib.OptimizerConfig(
+            name="adamw", learning_rate=4e-3, warmup_ratio=0.03, final_ratio=0.02, b2=0.98
+        )
+    else:
+        optimizer = recipe.tiny_optimizer()
+    stage = stages.LORA if adapters_only else stages.EVERYTHING
     return config_lib.RunConfig(
         model=model,
         data=data_presets.embedded_mini(),
-        optimizer=config_lib.OptimizerConfig(
-            name="adamw", learning_rate=4e-3, warmup_ratio=0.03, final_ratio=0.02, b2=0.98
-        ),
+        optimizer=optimizer,
         training=config_lib.TrainingConfig(
-            **stages.LORA._asdict(),
-            base="configs/base.py",
+            **stage._asdict(),
+            base=assets.tiny_base(),
             batch_size=16,
             accumulation=1,
-            max_steps=500,
+            max_steps=1000,
             log_every=20,
             checkpoint_every=1000,
             checkpoint_seconds=60.0,

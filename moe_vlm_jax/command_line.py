@@ -2,11 +2,13 @@
 
     --config configs/sft.py:tiny --config.optimizer.learning_rate=1e-4 --config.data.row_lengths="(256, 512)"
 
-The file's get_config(arg) gives a RunConfig, overrides set its fields, and `validate` checks the result. All of that
-happens before anything else; what is wrong is said in one message, without a traceback.
+The file's get_config(arg) gives a RunConfig (or, where a command takes one, a Chain), overrides set its fields, and
+`validate` checks the result. All of that happens before anything else; what is wrong is said in one message, without a
+traceback.
 """
 
 import contextlib
+import functools
 import logging as std_logging
 import os
 import pathlib
@@ -15,37 +17,21 @@ import runpy
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from moe_vlm_jax import chain, validation
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import validation
 
 _OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<field>[^=]*)(=(?P<value>.*))?", re.DOTALL)
 
 
-def define_config(default: str) -> flags.FlagHolder[config_lib.RunConfig]:
-    """Defines --config and its overrides; `.value` is the validated RunConfig."""
+def define_config(default: str) -> flags.FlagHolder[Any]:
+    """Defines --config and its overrides; `.value` is the validated RunConfig, or Chain where `run` allows it."""
     return config_flags.DEFINE_config_file("config", default, "FILE.py[:ARGUMENT] with get_config(ARGUMENT).")
-
-
-def load_config(name: str) -> config_lib.RunConfig:
-    """Returns the validated config of 'FILE.py' or 'FILE.py:ARGUMENT'.
-
-    Raises:
-      ValueError: the file does not exist or gives no RunConfig, or the config breaks a rule.
-    """
-    path, _, argument = name.partition(":")
-    if not pathlib.Path(path).is_file():
-        raise ValueError(f"config file {path!r} does not exist; give the path of a file like configs/base.py.")
-    get_config = runpy.run_path(path).get("get_config")
-    config = get_config(*filter(None, [argument])) if callable(get_config) else None
-    if not isinstance(config, config_lib.RunConfig):
-        raise ValueError(f"{path} must define get_config() that returns a RunConfig; see configs/base.py.")
-    validation.validate(config)
-    return config
 
 
 def config_name() -> str:
@@ -54,9 +40,14 @@ def config_name() -> str:
     return "-".join(filter(None, (pathlib.Path(path).stem, argument)))
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Parses the command line and calls main; a mistake in it ends the process with code 2."""
-    app.run(main, flags_parser=_parse)
+def run(main: Callable[[Sequence[str]], None], *, chains: bool = False) -> None:
+    """Parses the command line and calls main; a mistake in it ends the process with code 2.
+
+    Args:
+      main: called with the arguments that are no flags.
+      chains: whether --config may give a Chain.
+    """
+    app.run(main, flags_parser=functools.partial(_parse, chains=chains))
 
 
 @contextlib.contextmanager
@@ -81,16 +72,22 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache / "moe_vlm_jax" / "compiled"))
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], *, chains: bool) -> list[str]:
+    default: config_lib.RunConfig | config_lib.Chain = config_lib.RunConfig()
     try:
-        _check_overrides(argv)
+        default = _check_overrides(argv)
         rest = flags.FLAGS(argv)
         config = flags.FLAGS["config"].value
-        if not isinstance(config, config_lib.RunConfig):
+        if isinstance(config, config_lib.Chain) and not chains:
+            raise ValueError(
+                f"--config gives a chain of {', '.join(chain.runs(config))}, and this command takes one run; give the "
+                "config of that run, e.g. configs/stage3.py."
+            )
+        if not isinstance(config, (config_lib.RunConfig, config_lib.Chain)):
             raise ValueError(f"get_config() of --config must return a RunConfig, not {type(config).__name__}.")
-        validation.validate(config)
+        chain.validate(config)
     except (flags.Error, ValueError) as error:
-        sys.stderr.write(f"error: {_explain(error, argv)}\n")
+        sys.stderr.write(f"error: {_explain(error, argv, default)}\n")
         sys.exit(2)
     if len(rest) > 1:
         sys.stderr.write(
@@ -111,33 +108,50 @@ def _set_up_logging() -> None:
     handler.addFilter(lambda record: record.levelno > std_logging.INFO or record.pathname.startswith(ours))
 
 
-def _check_overrides(argv: Sequence[str]) -> None:
-    """Raises ValueError for a config file that is not there and for overrides of fields that do not exist."""
-    config = config_lib.RunConfig()
-    fields = validation.flatten(config)
+def _check_overrides(argv: Sequence[str]) -> config_lib.RunConfig | config_lib.Chain:
+    """Returns the config as its file makes it, or RunConfig() where that fails: the parser then says why.
+
+    Raises:
+      ValueError: a config file that is not there, or overrides of fields that do not exist.
+    """
     mistakes = []
+    name = flags.FLAGS["config"].default
     for i, argument in enumerate(argv[1:], start=1):
+        named = re.fullmatch(r"--?config(=(?P<path>.*))?", argument)
+        if named:
+            name = named["path"] if named["path"] is not None else "".join(argv[i + 1 : i + 2])
+            path = name.partition(":")[0]
+            if not pathlib.Path(path).is_file():
+                mistakes.append(f"config file {path!r} does not exist; give the path of a file like configs/sft.py.")
+    config = config_lib.RunConfig() if mistakes else _made(name)
+    fields = validation.flatten(config)
+    for argument in argv[1:]:
         match = _OVERRIDE.fullmatch(argument)
         if match and match["field"] not in fields:
             mistakes.append(validation.unknown_field(match["field"], config))
-        named = re.fullmatch(r"--?config(=(?P<path>.*))?", argument)
-        if named:
-            given = named["path"] if named["path"] is not None else "".join(argv[i + 1 : i + 2])
-            path = given.partition(":")[0]
-            if not pathlib.Path(path).is_file():
-                mistakes.append(f"config file {path!r} does not exist; give the path of a file like configs/sft.py.")
     if mistakes:
         raise ValueError("\n".join(mistakes))
+    return config
 
 
-def _explain(error: Exception, argv: Sequence[str]) -> str:
+def _made(name: str) -> config_lib.RunConfig | config_lib.Chain:
+    path, _, argument = name.partition(":")
+    try:
+        config = runpy.run_path(path)["get_config"](*filter(None, [argument]))
+    except Exception:  # whatever a config file does wrong is reported by the parser, which runs it again
+        return config_lib.RunConfig()
+    return config if isinstance(config, (config_lib.RunConfig, config_lib.Chain)) else config_lib.RunConfig()
+
+
+def _explain(error: Exception, argv: Sequence[str], config: config_lib.RunConfig | config_lib.Chain) -> str:
     """Returns the message for people: absl's names the parser's trouble, not the field's type."""
+    fields = validation.flatten(config)
     text = str(error)
     for argument in argv:
         match = _OVERRIDE.fullmatch(argument)
         if match is None or f"config.{match['field']}" not in text:
             continue
-        default = validation.flatten(config_lib.RunConfig()).get(match["field"])
+        default = fields.get(match["field"])
         example = f'"{default}"' if isinstance(default, tuple) else default
         given = match["value"] if match["value"] is not None else "(the next argument)"
         return (

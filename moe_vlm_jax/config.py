@@ -176,6 +176,9 @@ class DataConfig:
     num_images: int = 0  # embedded: how many to render; 0 is the preset's default
     split: str = "train"
     eval_split: str = "val"  # empty: no evaluation
+    # Keep only records of these answer types, of both splits, e.g. ("caption",) or ("image-span", "question-span");
+    # empty: all. Not for llava, whose rows have none.
+    answer_types: tuple[str, ...] = ()
     tokenizer: str = "closed"  # 'closed' (of the embedded mini set), 'easy_vqa', or a folder with tokenizer.json
     template: str = "plain_qa"  # plain | plain_qa | v1 | phi | stablelm | qwen | ...: all in data/templates.py
     answer_prompt: str = ""  # appended to a question, e.g. the benchmark's "single word or phrase" sentence
@@ -218,11 +221,14 @@ class TrainingConfig:
 
     trainable: tuple[str, ...] = ("projector/.*", "decoder/.*")  # patterns over parameter paths
     frozen: tuple[str, ...] = ("vision/.*",)  # together they must name every parameter exactly once
-    # Folder of a checkpoint in HF layout (a dense one is upcycled); or a config file, whose run then comes first, in
-    # <workdir>/base; empty: random initial weights.
+    # Folder of a checkpoint in HF layout (a dense one is upcycled); in a chain also '@NAME', the checkpoint that the
+    # run NAME leaves; empty: random initial weights.
     base: str = ""
     base_vision: str = ""  # folder of the vision tower; empty: base's own, or the one that it names
-    base_projector: str = ""  # file or folder; empty: base's own; 'random' starts stage 1
+    base_projector: str = ""  # file or folder; empty: base's own; 'random' draws a new one, as stage I does
+    # Relative standard deviation of noise on the kernels of upcycled experts, which else start as equal copies. For
+    # a dense base.
+    upcycling_noise: float = 0.0
     adapter: str = ""  # folder of an adapter of this base, in PEFT's layout, to go on from; empty: new adapters
     seed: int = 0
     batch_size: int = 4  # rows of one micro-batch, over all devices
@@ -278,3 +284,16 @@ class RunConfig:
     generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Chain:
+    """Runs that build on each other, in the order of the fields; training.base='@stage1' is what stage1 leaves.
+
+    A config file defines a subclass whose fields are RunConfigs and returns one of it:
+
+        @dataclasses.dataclass(kw_only=True)
+        class TwoStages(config.Chain):
+            stage1: config.RunConfig
+            stage2: config.RunConfig
+    """

@@ -57,7 +57,7 @@ def convert(
       to: moe_llava (dense or with experts, as the source), lm (decoder alone), vision (tower alone) or llava.
       vision: folder of the vision tower, if not the source's own.
       projector: file of a trained projector, if not the source's own.
-      random_projector_seed: allows a model without trained projector.
+      random_projector_seed: draws a new projector, in the place of any that the source holds.
       dtype: source keeps every tensor's; else all but the routers are cast.
       accept: fields of config.json that are not known to us and may be ignored.
       max_shard_bytes: largest size of one file of tensors.
@@ -178,7 +178,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--to", choices=layouts, default="moe_llava", help="layout to write (default: %(default)s)")
     parser.add_argument("--vision", help="folder of the vision tower, if not the source's own")
     parser.add_argument("--projector", help="mm_projector.bin or a safetensors file, if not the source's own")
-    parser.add_argument("--random-projector-seed", type=int, help="allow an untrained projector, with this seed")
+    parser.add_argument("--random-projector-seed", type=int, help="draw a new projector with this seed")
     parser.add_argument("--dtype", choices=DTYPES, default="source", help="of the tensors; routers stay float32")
     parser.add_argument(
         "--accept", action="append", default=[], metavar="FIELD", help="unknown config.json field to ignore"

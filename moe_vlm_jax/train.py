@@ -4,14 +4,13 @@
 
 Evaluates on held-out questions before and after. The workdir (default runs/<name of the config>) then holds
 checkpoints/, metrics.jsonl, tensorboard/, predictions.jsonl, results.json and report.html. The same command again
-goes on where an interrupted one stopped.
+goes on where an interrupted one stopped. Where the config is a chain of runs, each has a workdir of its own inside
+(see chain.py), and a table at the end compares them.
 """
 
-import dataclasses
 import functools
 import json
 import pathlib
-import shutil
 from collections.abc import Sequence
 
 import jax
@@ -19,12 +18,12 @@ from absl import flags, logging
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from moe_vlm_jax import command_line
+from moe_vlm_jax import chain, command_line
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.data import images, sources, tokenize
 from moe_vlm_jax.evaluation import blind, page, report, runner, scorers
-from moe_vlm_jax.hf import writers
-from moe_vlm_jax.training import checkpoint, loop, setup
+from moe_vlm_jax.hf import configs
+from moe_vlm_jax.training import base, checkpoint, export, loop, setup
 from moe_vlm_jax.training import state as state_lib
 
 _CONFIG = command_line.define_config("configs/sft.py")
@@ -65,17 +64,9 @@ class Exam:
 
 def train(config: config_lib.RunConfig, workdir: pathlib.Path) -> tuple[setup.Run, state_lib.TrainState]:
     """Runs the whole job, or what is left of it, and returns the run and its last state."""
-    base = config.training.base
-    if is_config_file(base):
-        found = dataclasses.replace(config.training, base=str(workdir / "base" / "model"))
-        config = dataclasses.replace(config, training=found)
     with command_line.user_errors():
         checkpoint.check_workdir(workdir, config)
         exam = Exam(config) if config.data.eval_split else None
-    if is_config_file(base):
-        with command_line.user_errors():
-            setup.make_model(config)  # what is wrong with it is said before the base trains
-        train_base(base, workdir / "base")
     with command_line.user_errors():
         run, untrained = setup.make_run(config, workdir)
     before = _before(run, exam, untrained, workdir / "predictions_before.jsonl") if exam else []
@@ -87,28 +78,44 @@ def train(config: config_lib.RunConfig, workdir: pathlib.Path) -> tuple[setup.Ru
     return run, state
 
 
-def is_config_file(base: str) -> bool:
-    """Whether training.base names a config file, with or without an argument, and not a checkpoint."""
-    return base.partition(":")[0].endswith(".py")
-
-
-def train_base(name: str, workdir: pathlib.Path) -> None:
-    """Trains a run whose result is another run's base, or what is left of it, and writes <workdir>/model."""
-    target = workdir / "model"
-    if target.is_dir():
-        return
+def train_chain(config: config_lib.Chain, workdir: pathlib.Path) -> None:
+    """Runs all runs of a chain, or what is left of them, each in <workdir>/<name>, and prints them side by side."""
+    runs = {name: chain.placed(run, workdir) for name, run in chain.runs(config).items()}
     with command_line.user_errors():
-        config = command_line.load_config(name)
-    logging.info("first the base: %s in %s", name, workdir)
-    run, state = train(config, workdir)
-    run.checkpoints.close()
+        for name, run_config in runs.items():  # what is wrong with the last run is said before the first one trains
+            try:
+                _check_run(run_config, workdir / name, made_here=chain.parent(getattr(config, name)) is not None)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    for number, (name, run_config) in enumerate(runs.items(), start=1):
+        folder = workdir / name
+        if export.read_summary(folder) is None:
+            logging.info("run %d of %d: %s in %s", number, len(runs), name, folder)
+            run, state = train(run_config, folder)
+            run.checkpoints.close()
+            run.iterator.close()
+            if jax.process_index() == 0:
+                if chain.leaves_checkpoint(run_config):
+                    params = nnx.merge_state(state.trainable, run.frozen)
+                    export.write_model(chain.model_folder(workdir, name), params, run.config)
+                export.write_summary(folder, name, state.trainable, run.num_steps)
+            multihost_utils.sync_global_devices(f"{name} is finished")
     if jax.process_index() == 0:
-        partial = target.with_name("model.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        params = nnx.merge_state(state.trainable, run.frozen)
-        writers.write(partial, params, run.config.model, layout="moe_llava")
-        partial.rename(target)
-    multihost_utils.sync_global_devices("the base is written")
+        print(f"{workdir}, held-out questions before and after each run:")
+        print(export.table([found for name in runs if (found := export.read_summary(workdir / name))]))
+
+
+def _check_run(config: config_lib.RunConfig, workdir: pathlib.Path, *, made_here: bool) -> None:
+    """Raises ValueError for what can be known to be wrong with a run before its base exists."""
+    checkpoint.check_workdir(workdir, config)
+    setup.make_model(config)
+    if chain.leaves_checkpoint(config):
+        export.check(config)
+    if config.training.base and not made_here and not base.is_saved(config.training.base):
+        configs.read(config.training.base, vision=config.training.base_vision or None)
+    tokenize.load_tokenizer(config.data.tokenizer)
+    for split in filter(None, (config.data.split, config.data.eval_split)):
+        sources.load_records(config.data, split)
 
 
 def _report(run: setup.Run, exam: Exam, state: state_lib.TrainState, before: list[dict]) -> None:
@@ -155,9 +162,12 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     del argv
     command_line.use_compilation_cache()
-    workdir = pathlib.Path(_WORKDIR.value or f"runs/{command_line.config_name()}")
-    train(_CONFIG.value, workdir)
+    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value or f"runs/{command_line.config_name()}")
+    if isinstance(config, config_lib.Chain):
+        train_chain(config, workdir)
+    else:
+        train(config, workdir)
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, chains=True)

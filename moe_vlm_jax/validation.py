@@ -80,7 +80,7 @@ _RANGES: dict[tuple[float | None, float | None, bool], dict[str, str]] = {
         "model.lora": "rank",
         "data": "num_images images_per_row num_workers",
         "optimizer": "learning_rate muon_learning_rate weight_decay",
-        "training": "max_steps loss_chunk checkpoint_seconds",
+        "training": "max_steps loss_chunk checkpoint_seconds upcycling_noise",
         "generation": "temperature",
         "evaluation": "max_questions every_steps page_samples",
         "mesh": "data",
@@ -134,7 +134,7 @@ def flatten(config: object, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def unknown_field(path: str, config: config_lib.RunConfig) -> str:
+def unknown_field(path: str, config: object) -> str:
     """Returns the message for a dotted path that is no field of the config: the nearest names, or its section's."""
     known = list(flatten(config))
     section, _, leaf = path.rpartition(".")
@@ -330,6 +330,8 @@ def _data(config: config_lib.RunConfig) -> Iterator[str]:
         yield from idle("path", by_source)
     if data.source != "llava":
         yield from idle("image_folder", by_source)
+    else:
+        yield from idle("answer_types", by_source)
     if data.source != "embedded":
         yield from idle("difficulty num_images", by_source)
     if not data.share_prefix:
@@ -344,7 +346,15 @@ def _training(config: config_lib.RunConfig) -> Iterator[str]:
         fields = "max_questions every_steps batch_size controls page_samples"
         yield from _no_effect(config.evaluation, "evaluation", fields, "with data.eval_split=''")
     if not training.base:
-        yield from _no_effect(training, "training", "base_vision base_projector adapter", "without training.base")
+        names = "base_vision base_projector adapter upcycling_noise"
+        yield from _no_effect(training, "training", names, "without training.base")
+    elif training.base.startswith("@"):
+        yield (
+            f"training.base={training.base!r} names a run of a chain, but this run is none of a chain; give the folder "
+            "of a checkpoint."
+        )
+    if config.model.moe.placement == "none" and not config.model.moe.layers:
+        yield from _no_effect(training, "training", "upcycling_noise", "in a model without experts")
     if training.adapter and config.model.lora.rank == 0:
         yield f"training.adapter={training.adapter!r} has no place with model.lora.rank=0; set model.lora as there."
     if config.optimizer.name != "muon":

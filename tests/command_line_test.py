@@ -15,14 +15,14 @@ sys.argv[0] = "train"
 from moe_vlm_jax import command_line
 flag = command_line.define_config("configs/sft.py")
 def main(argv):
-    config = flag.value
+    config = getattr(flag.value, "stage2", flag.value)
     print(command_line.config_name(), config.optimizer.learning_rate, config.data.row_lengths, config.data.pack)
-command_line.run(main)
+command_line.run(main, chains=CHAINS)
 """
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", PROGRAM, *arguments]
+def _run(*arguments: str, chains: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", PROGRAM.replace("CHAINS", str(chains)), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
@@ -32,6 +32,19 @@ def test_overrides_of_every_kind_arrive():
         "--config.data.row_lengths=(128, 256)",
     )
     assert done.stdout.split("\n")[0] == "sft-tiny 0.0001 (128, 256) False", done.stderr
+
+
+def test_overrides_of_a_run_of_a_chain_arrive():
+    done = _run(
+        "--config=configs/moe_tuning.py", "--config.stage2.optimizer.learning_rate=1e-4", "--noconfig.stage2.data.pack"
+    )
+    assert done.stdout.split("\n")[0] == "moe_tuning 0.0001 (128,) False", done.stderr
+
+
+def test_a_command_that_takes_one_run_refuses_a_chain():
+    done = _run("--config=configs/moe_tuning.py", chains=False)
+    assert done.returncode == 2
+    assert "--config gives a chain of pretrain, stage1, stage2, stage3, and this command takes one run" in done.stderr
 
 
 MISTAKES = {
@@ -44,7 +57,7 @@ MISTAKES = {
     "float": (
         ["--config.optimizer.learning_rate=fast"],
         "config field 'optimizer.learning_rate' must be of type float, not 'fast'; write it like "
-        "--config.optimizer.learning_rate=2e-05.",
+        "--config.optimizer.learning_rate=0.004.",
     ),
     "int": (["--config.training.batch_size=2.5"], "'training.batch_size' must be of type int, not '2.5'"),
     "bool": (["--config.data.pack=maybe"], "'data.pack' must be of type bool, not 'maybe'"),
@@ -55,6 +68,19 @@ MISTAKES = {
     "no flag": (
         ["training.batch_size=4"],
         "unexpected argument(s) training.batch_size=4; write overrides as --config.a.b",
+    ),
+    "field of a chain": (
+        ["--config=configs/moe_tuning.py", "--config.training.max_step=4"],
+        "config field 'training.max_step' does not exist; did you mean",
+    ),
+    "field of a run of a chain": (
+        ["--config=configs/moe_tuning.py", "--config.stage2.training.max_steps=x"],
+        "config field 'stage2.training.max_steps' must be of type int, not 'x'; write it like "
+        "--config.stage2.training.max_steps=",
+    ),
+    "run of a chain": (
+        ["--config=configs/moe_tuning.py", "--config.stage3.model.decoder.mlp_dim=100"],
+        "stage3.model.decoder.mlp_dim=100, but its base stage2.model.decoder.mlp_dim=192; they must be equal; change",
     ),
     "other flag": (["--conifg=x"], "Unknown command line flag 'conifg'"),
 }

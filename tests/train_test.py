@@ -1,8 +1,9 @@
-"""The main job as a user runs it, in processes of its own: to the end, and killed in its base and after it."""
+"""The main job as a user runs it, in processes of its own: to the end, and killed wherever it may be."""
 
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,24 +12,21 @@ import time
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-SMALL = (
-    "--config=configs/sft.py",
-    *(f"--config.model.vision.{field}" for field in ("embed_dim=16", "num_layers=1", "mlp_dim=16")),
-    *(f"--config.model.decoder.{field}" for field in ("embed_dim=32", "mlp_dim=24", "head_dim=8", "rotary_dim=8")),
-    *(f"--config.training.{field}" for field in ("max_steps=12", "checkpoint_every=3", "log_every=1", "batch_size=2")),
-    *("--config.data.num_images=40", "--config.generation.max_new_tokens=3"),
-    *(
-        "--config.evaluation.max_questions=20",
-        "--config.evaluation.batch_size=10",
-        "--config.evaluation.page_samples=6",
-    ),
-)
+RUNS = ("dense", "experts", "adapters")
 
-# The base of SMALL's sizes; a config file of its own, as the command line's overrides are those of the run on it.
-BASE = """
-import runpy
-def get_config():
-    config = runpy.run_path("configs/base.py")["get_config"]()
+# Three runs of the tiny preset's kind but much smaller: a dense model, experts copied from it, adapters beside these.
+CONFIG = """
+import dataclasses, runpy
+from moe_vlm_jax import config as config_lib
+from moe_vlm_jax.training import recipe
+
+@dataclasses.dataclass(kw_only=True)
+class Chain(config_lib.Chain):
+    dense: config_lib.RunConfig
+    experts: config_lib.RunConfig
+    adapters: config_lib.RunConfig
+
+def small(config):
     vision, decoder, training = config.model.vision, config.model.decoder, config.training
     vision.embed_dim, vision.num_layers, vision.mlp_dim = 16, 1, 16
     decoder.embed_dim, decoder.mlp_dim, decoder.head_dim, decoder.rotary_dim = 32, 24, 8, 8
@@ -36,15 +34,24 @@ def get_config():
     config.data.num_images, config.generation.max_new_tokens = 40, 3
     config.evaluation.max_questions, config.evaluation.batch_size, config.evaluation.page_samples = 20, 10, 6
     return config
+
+def get_config():
+    dense = small(recipe.stage2("tiny", base=""))
+    dense.training.trainable, dense.training.frozen = (".*",), ()
+    experts = small(recipe.stage3("tiny", base="@dense"))
+    experts.training.upcycling_noise = 0.01
+    adapters = small(runpy.run_path("configs/sft.py")["get_config"]())
+    adapters.training.base = "@experts"
+    return Chain(dense=dense, experts=experts, adapters=adapters)
 """
 
 
 def _command(cache: pathlib.Path, workdir: pathlib.Path, *arguments: str) -> dict:
     # Rendered images and compiled programs are kept in the user's cache folder; here in one of the test's own.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
-    (cache / "base.py").write_text(BASE)
-    base = f"--config.training.base={cache / 'base.py'}"
-    command = [sys.executable, "-m", "moe_vlm_jax.train", *SMALL, base, f"--workdir={workdir}", *arguments]
+    (cache / "small.py").write_text(CONFIG)
+    config = f"--config={cache / 'small.py'}"
+    command = [sys.executable, "-m", "moe_vlm_jax.train", config, f"--workdir={workdir}", *arguments]
     return {"args": command, "env": environment, "cwd": ROOT, "text": True}
 
 
@@ -53,48 +60,76 @@ def _losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
     return [(line["step"], line["train/loss"]) for line in lines]
 
 
-def _kill_at_its_first_checkpoint(command: dict, workdir: pathlib.Path) -> None:
+def _kill_when_there_is(pattern: str, command: dict, workdir: pathlib.Path) -> None:
+    """Kills the job as soon as a path of the pattern exists in its workdir."""
     process = subprocess.Popen(**command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 300
-    while not any((workdir / "checkpoints").glob("[0-9]")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    while not any(workdir.glob(pattern)) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_halfway_ends_as_one_that_is_not(tmp_path):
+def test_a_chain_that_is_killed_anywhere_ends_as_one_that_is_not(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = subprocess.run(**_command(tmp_path, whole), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
-    _kill_at_its_first_checkpoint(_command(tmp_path, cut), cut / "base")
-    assert not (cut / "base" / "model").exists()
-    _kill_at_its_first_checkpoint(_command(tmp_path, cut), cut)
-    assert not (cut / "results.json").exists()
+    # In the middle of the first run.
+    _kill_when_there_is("dense/checkpoints/[0-9]", _command(tmp_path, cut), cut)
+    assert not (cut / "dense" / "model").exists()
+    # Between two runs, or in what a run does once its model is written.
+    _kill_when_there_is("dense/model", _command(tmp_path, cut), cut)
+    assert not (cut / "experts" / "results.json").exists()
+    # In the middle of the second run, and in the middle of writing its model.
+    _kill_when_there_is("experts/checkpoints/[0-9]", _command(tmp_path, cut), cut)
+    assert not (cut / "experts" / "model").exists()
+    shutil.copytree(whole / "experts" / "model", cut / "experts" / "model.partial")
+    half = cut / "experts" / "model.partial" / "model.safetensors"
+    half.write_bytes(half.read_bytes()[:1000])
 
     again = subprocess.run(**_command(tmp_path, cut), capture_output=True, check=False)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "restored checkpoint" in again.stderr
-    assert "asking the model before it trains" not in again.stderr
-    assert _losses(cut / "base") == _losses(whole / "base")
-    assert _losses(cut) == _losses(whole)
-    assert [step for step, _ in _losses(whole)] == list(range(1, 13))
-    for name in ("predictions.jsonl", "results.json"):
-        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    assert "run 1 of 3" not in again.stderr or (cut / "dense" / "summary.json").exists()
+    for name in RUNS:
+        assert [step for step, _ in _losses(whole / name)] == list(range(1, 9))
+        assert _losses(cut / name) == _losses(whole / name)
+        for file in ("predictions.jsonl", "results.json", "summary.json"):
+            assert (cut / name / file).read_bytes() == (whole / name / file).read_bytes(), (name, file)
+    for name in RUNS[:2]:
+        for file in ("config.json", "model.safetensors"):
+            assert (cut / name / "model" / file).read_bytes() == (whole / name / "model" / file).read_bytes()
+    assert not (whole / "adapters" / "model").exists()  # adapters are merged by a command of their own
+    assert not list(cut.glob("*/*.partial"))
 
-    results = json.loads((whole / "results.json").read_text())
+    results = json.loads((whole / "adapters" / "results.json").read_text())
     assert list(results) == ["before", "after", "blind", "shuffled"]
     for scores in results.values():
         assert 0 <= scores["exact_match"] <= scores["anls"] <= 1
-    assert len((whole / "predictions.jsonl").read_text().splitlines()) == 20
-    assert done.stdout.count("before  after  blind  shuffled") == 2  # the base's own table comes first
-    assert set(json.loads((whole / "base" / "results.json").read_text())) == set(results)
-    page = (whole / "report.html").read_text()
+    assert len((whole / "adapters" / "predictions.jsonl").read_text().splitlines()) == 20
+    assert done.stdout.count("before  after  blind  shuffled") == 3
+    assert [line.split()[:2] for line in done.stdout.splitlines()[-3:]] == [[name, "8"] for name in RUNS]
+    assert done.stdout.splitlines()[-3:] == again.stdout.splitlines()[-3:]
+    page = (whole / "adapters" / "report.html").read_text()
     assert page.count("data:image/") >= 1
 
-    other = subprocess.run(**_command(tmp_path, cut, "--config.training.seed=1"), capture_output=True, check=False)
-    assert other.returncode == 2
-    assert "training.seed: 0 in the workdir, 1 now" in other.stderr
-    assert "Traceback" not in other.stderr
+    # A finished run of another config is not taken for this one's.
+    other = _command(tmp_path, cut, "--config.dense.training.seed=1")
+    refused = subprocess.run(**other, capture_output=True, check=False)
+    assert refused.returncode == 2
+    assert "training.seed: 0 in the workdir, 1 now" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_the_last_run_is_said_before_the_first_one_trains(tmp_path):
+    wrong = "--config.experts.training.frozen=('vision/.*',)"
+    done = subprocess.run(**_command(tmp_path, tmp_path / "run", wrong), capture_output=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "error: experts: parameter " in done.stderr
+    assert "is named by none of training.trainable, training.frozen" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -183,7 +183,14 @@ def test_every_number_has_a_range_and_every_word_a_choice_or_a_meaning():
         "model.vision.select_layer",  # checked against the number of layers
         "model.projector",
         *("data.path", "data.image_folder", "data.cache", "data.split", "data.eval_split", "data.tokenizer"),
-        *("data.answer_prompt", "training.trainable", "training.frozen", "model.quant.targets", "model.lora.targets"),
+        *(
+            "data.answer_prompt",
+            "data.answer_types",
+            "training.trainable",
+            "training.frozen",
+            "model.quant.targets",
+            "model.lora.targets",
+        ),
         *("optimizer.rates", "optimizer.no_decay"),
         *("training.base", "training.base_vision", "training.base_projector", "training.adapter"),
     }

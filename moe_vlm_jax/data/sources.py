@@ -34,12 +34,25 @@ def load_records(data: config_lib.DataConfig, split: str) -> Sequence[records.Re
             found = infographicvqa.load_records(data.path, split, bad)
         case _:
             raise ValueError(f"data.source={data.source!r} is not one of {SOURCES}; use one of them.")
-    kept = _without_repeated_ids(found, bad)
+    kept = _without_repeated_ids(_of_types(found, data, split), bad)
     bad.report(kept=len(kept), what=f"{data.source} {split}")
     if not kept:
         raise ValueError(f"data.source={data.source!r} has no rows in split {split!r}; check data.path and the split.")
     logging.info("%s %s: %d records", data.source, split, len(kept))
     return kept
+
+
+def _of_types(found: Sequence[records.Record], data: config_lib.DataConfig, split: str) -> Sequence[records.Record]:
+    """Returns the records whose answer type is asked for."""
+    if not data.answer_types:
+        return found
+    known = sorted({record.answer_type for record in found})
+    if unknown := sorted(set(data.answer_types) - set(known)) if split == data.split else []:
+        raise ValueError(
+            f"data.answer_types names {', '.join(map(repr, unknown))}, but split {split!r} of {data.source!r} has "
+            f"{', '.join(map(repr, known))}; choose of these."
+        )
+    return [record for record in found if record.answer_type in data.answer_types]
 
 
 def modality_lengths(found: Sequence[records.Record]) -> list[int]:

@@ -45,7 +45,7 @@ def load_into(
       config: what the model was built from; it must agree with the checkpoint's config.json.
       vision: folder of the vision tower; by default the checkpoint's own, else the folder that it names, next to it.
       projector: file or folder of the projector; by default the checkpoint's own.
-      random_projector_seed: allows a model without trained projector and seeds it.
+      random_projector_seed: draws a new projector with this seed, whether or not the checkpoint holds one.
       accept: see `configs.read`.
 
     Raises:

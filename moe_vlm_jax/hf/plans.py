@@ -139,10 +139,10 @@ def _sources(info, config, wanted, vision, projector, seed) -> tuple[list[Source
             found = readers.open_checkpoint(projector)
             root = best_entries(found, "projector", info.family, config.projector)
             sources.append(Source(str(projector), found, root, frozenset({"projector"})))
-        elif "projector" in held:
-            sections.add("projector")
         elif seed is not None:
             random = _random_projector(config, seed)
+        elif "projector" in held:
+            sections.add("projector")
         else:
             mistakes.append(
                 f"no projector: {info.folder} holds none; give `projector`, the file of stage 1, or "

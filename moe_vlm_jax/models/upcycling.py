@@ -1,10 +1,12 @@
 """Sparse upcycling: a mixture-of-experts model that starts as its dense parent (Komatsuzaki et al. 2022; MoE-LLaVA).
 
 Every expert is a copy of the dense MLP. With top_k > 1 and renormalised weights the new model computes what the
-dense one computed, whatever the router says, because its choices are equal and their weights sum to 1.
+dense one computed, whatever the router says, because its choices are equal and their weights sum to 1. Noise on the
+copies breaks their symmetry at once, at the price of that equality.
 """
 
 import collections
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +22,13 @@ _EXPERTS, _RESIDUAL = "moe/experts/", "moe/residual/"
 
 
 def upcycle(
-    dense: nnx.State, initial: nnx.State, *, dense_experts: tuple[int, ...], moe_experts: tuple[int, ...]
+    dense: nnx.State,
+    initial: nnx.State,
+    *,
+    dense_experts: tuple[int, ...],
+    moe_experts: tuple[int, ...],
+    noise: float = 0.0,
+    key: jax.Array | None = None,
 ) -> nnx.State:
     """Returns the parameters of the MoE model: the dense ones, its MLPs as experts, and initial routers.
 
@@ -31,6 +39,9 @@ def upcycle(
       initial: all parameters of the MoE model; routers, residual coefficients and adapters are taken from here.
       dense_experts: ModelConfig.layer_experts of the dense model, all 0.
       moe_experts: ModelConfig.layer_experts of the MoE model.
+      noise: standard deviation of normal noise on the experts' kernels, relative to the root mean square of the dense
+        kernel. Needs kernels in float: quantise afterwards.
+      key: of the noise.
     """
     if any(dense_experts) or len(dense_experts) != len(moe_experts):
         raise ValueError(
@@ -55,6 +66,9 @@ def upcycle(
         rows = [layers.leaf(_dense_name(leaf), group.layer(int(b), r)) for r in range(group.repeats)]
         experts = group.experts[int(b)] if leaf.startswith(_EXPERTS) else 0
         value = jax.tree.map(lambda *arrays, experts=experts: _stack(arrays, experts), *rows)
+        if noise and experts and leaf.endswith("/kernel"):
+            # One key for each leaf by its name: the noise of a kernel does not depend on what else there is.
+            value = _perturbed(value, noise, jax.random.fold_in(key, zlib.crc32(name.encode())))
         grown.append((path, variable.replace(value if quant.is_quantized(value) else value.astype(variable.dtype))))
     return nnx.from_flat_state(grown)
 
@@ -100,6 +114,13 @@ def _stack(arrays: Sequence[jax.Array], experts: int) -> jax.Array:
     if not experts:
         return stacked
     return jnp.broadcast_to(stacked[:, None], (stacked.shape[0], experts, *stacked.shape[1:]))
+
+
+def _perturbed(kernels: jax.Array, noise: float, key: jax.Array) -> jax.Array:
+    """[..., in, out] -> the same, each matrix with noise of its own, relative to its root mean square."""
+    values = kernels.astype(jnp.float32)
+    scale = noise * jnp.sqrt(jnp.mean(jnp.square(values), axis=(-2, -1), keepdims=True))
+    return (values + scale * jax.random.normal(key, values.shape)).astype(kernels.dtype)
 
 
 def _places(groups: Sequence[placement.LayerGroup]) -> dict[int, tuple[int, int, int]]:

@@ -59,7 +59,7 @@ class VLM(nnx.Module):
         Args:
           config: of the model.
           rngs: source of the 'params' keys.
-          mesh: the devices that it will run on, from `sharding.make_mesh`; None for one. Parameters do not depend on it.
+          mesh: the devices that it will run on, from `sharding.make_mesh`; None for one. No parameter depends on it.
         """
         dtype = jnp.dtype(config.param_dtype)
         self.vision = vision.VisionTower(config.vision, dtype=dtype, remat=config.remat, rngs=rngs, mesh=mesh)

@@ -52,6 +52,8 @@ def load(
       ValueError: the checkpoint is unreadable or does not fit the model.
     """
     bare, fresh = adapters.split(abstract)
+    if training.upcycling_noise and is_saved(training.base):
+        raise ValueError(_noise_without_upcycling(training))
     params = _restore(bare, config, training) if is_saved(training.base) else _from_hf(bare, config, training, mesh)
 
     def init(key: jax.Array) -> nnx.State:
@@ -163,28 +165,45 @@ def _from_hf(bare: nnx.State, config, training: config_lib.TrainingConfig, mesh)
     }
     held = hf_configs.read(training.base, vision=sources["vision"]).config
     if not any(config.layer_experts) or any(held.layer_experts):
+        if training.upcycling_noise:
+            raise ValueError(_noise_without_upcycling(training))
         return hf_load.load_into(bare, training.base, config, **sources).state
     logging.info("%s is dense: its MLPs become experts %s", training.base, config.layer_experts)
     parent_config = dataclasses.replace(config, moe=held.moe, lora=config_lib.LoraConfig())
     layers = {"dense_experts": parent_config.layer_experts, "moe_experts": config.layer_experts}
     parent = hf_load.load_into(
-        _abstract_parent(bare, parent_config, layers, mesh), training.base, parent_config, **sources
+        _abstract_parent(bare, parent_config, layers, mesh, noisy=training.upcycling_noise > 0),
+        training.base,
+        parent_config,
+        **sources,
     )
 
     def grow(parent: nnx.State, key: jax.Array) -> nnx.State:
         initial = adapters.split(nnx.state(vlm.VLM(config, rngs=nnx.Rngs(key))))[0]
-        return _as(quant.quantize_chosen(upcycling.upcycle(parent, initial, **layers), config.quant), bare)
+        noise = {"noise": training.upcycling_noise, "key": jax.random.fold_in(key, 1)}
+        return _as(quant.quantize_chosen(upcycling.upcycle(parent, initial, **layers, **noise), config.quant), bare)
 
     return jax.jit(grow, out_shardings=shardings(bare))(parent.state, jax.random.key(training.seed))
 
 
-def _abstract_parent(bare: nnx.State, config, layers, mesh) -> nnx.State:
+def _noise_without_upcycling(training: config_lib.TrainingConfig) -> str:
+    return (
+        f"training.upcycling_noise={training.upcycling_noise!r} has no effect: the base {training.base!r} is not "
+        "dense, so none of its MLPs is copied into experts; leave it at 0.0."
+    )
+
+
+def _abstract_parent(bare: nnx.State, config, layers, mesh, *, noisy: bool) -> nnx.State:
     """Returns the dense parent's parameters: quantised where every copy of a leaf will be, so that no float model is
-    ever in memory; what is also needed in float is quantised after growing."""
+    ever in memory; what is also needed in float, or gets noise first, is quantised after growing."""
     params = nnx.state(nnx.eval_shape(lambda: vlm.VLM(config, rngs=nnx.Rngs(0))))
     quantised = quant.quantized_leaves(bare)
     copies = upcycling.sources(bare, **layers)
-    early = frozenset(path for path, targets in copies.items() if all(target in quantised for target in targets))
+    early = frozenset(
+        path
+        for path, targets in copies.items()
+        if all(target in quantised and not (noisy and "/moe/experts/" in target) for target in targets)
+    )
     params = quant.quantize_state(params, early, quant.format_of(config.quant))
     return jax.tree.map(
         lambda spec, place: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=place),

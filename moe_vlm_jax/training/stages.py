@@ -1,7 +1,7 @@
 """Which parameters train in each stage of MoE-LLaVA's recipe, as patterns over parameter paths (see tree.py).
 
-Both lists of a stage together must name every parameter of the model exactly once. The sets are those of the
-reference's scripts: stage 3 also trains the MLPs of the layers without experts, and the projector.
+Both lists of a stage together must name every parameter of the model exactly once. Where the paper and the released
+script differ, both variants are here; which run uses which is in training/recipe.py.
 """
 
 from typing import NamedTuple
@@ -22,14 +22,27 @@ LORA_AND_ROUTERS = Stage(
 
 EVERYTHING = Stage(trainable=(".*",), frozen=())
 
-# 1: the projector alone learns to speak to a finished language model.
+# I: the projector alone learns to speak to a finished language model.
 PRETRAIN = Stage(trainable=("projector/.*",), frozen=("vision/.*", "decoder/.*"))
 
-# 2: the dense language model and the projector.
+# II: the dense language model and, as the paper and its script have it, the projector.
 FINETUNE = Stage(trainable=("projector/.*", "decoder/.*"), frozen=("vision/.*",))
+FINETUNE_FROZEN_PROJECTOR = Stage(trainable=("decoder/.*",), frozen=("vision/.*", "projector/.*"))
 
-# 3: experts, routers, dense MLPs and the projector; attention, norms, embeddings and head stay.
-FINETUNE_MOE = Stage(
+# III as the paper's text has it: the MoE layers alone, that is experts and routers (and, where a layer has them, the
+# dense MLP beside the experts and the coefficient that mixes the two).
+MOE_ONLY = Stage(
+    trainable=(r"decoder/groups/.*/moe/.*",),
+    frozen=(
+        "(vision|projector)/.*",
+        r"decoder/(embed|final_norm|lm_head)/.*",
+        r"decoder/groups/.*/(attention_norm|mlp_norm|attention|mlp)/.*",
+    ),
+)
+
+# III as the released script does it, whose --train_modules match names anywhere: the MLPs of the layers without experts
+# train as well, and so does the projector. On a dense model: its MLPs and the projector.
+FFN_ALL = Stage(
     trainable=("projector/.*", r"decoder/groups/.*/(mlp|moe)/.*"),
     frozen=(
         "vision/.*",

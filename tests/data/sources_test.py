@@ -24,6 +24,20 @@ def test_the_embedded_set_comes_through_the_same_function(tmp_path):
     assert all(record.answers and record.turns[0].text.startswith("<image>") for record in found)
 
 
+def test_only_the_answer_types_that_are_asked_for_are_kept(tmp_path):
+    data = config_lib.DataConfig(num_images=6, cache=str(tmp_path))
+    every = sources.load_records(data, "train")
+    data.answer_types = ("caption", "question-span")
+    found = sources.load_records(data, "train")
+    assert found == [record for record in every if record.answer_type in ("caption", "question-span")]
+    assert 6 < len(found) < len(every)
+    held_out = sources.load_records(data, "val")  # without captions, which are no reason to refuse it
+    assert {record.answer_type for record in held_out} == {"question-span"}
+    data.answer_types = ("captions",)
+    with pytest.raises(ValueError, match=r"answer_types names 'captions', but split 'train' .* has 'caption', 'image-"):
+        sources.load_records(data, "train")
+
+
 def test_modality_lengths_count_words_and_are_negative_for_text_only():
     turns = (records.Turn("human", "<image>\nwhat is it?"), records.Turn("gpt", "a dog"))
     found = [records.Record("a", ("a.png",), turns), records.Record("b", (), turns[1:])]

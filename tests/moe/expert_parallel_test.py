@@ -14,8 +14,8 @@ import pytest
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.models import adapters
-from moe_vlm_jax.training import setup, stages
 from moe_vlm_jax.training import optimizer as optimizer_lib
+from moe_vlm_jax.training import setup, stages
 from tests.training import examples
 
 MESHES = {
@@ -78,9 +78,7 @@ def differences(dispatch: str, *, adapted: bool, meshes: dict[str, dict[str, int
         spread_figures, spread_gradient = five_steps(spread, jax.devices())
         found[name] = {
             "figures": max(abs(a - b) / max(abs(b), 1e-9) for a, b in zip(spread_figures, figures, strict=True)),
-            "gradient": float(
-                max(np.abs(a - b).max() for a, b in zip(spread_gradient, gradient, strict=True)) / scale
-            ),
+            "gradient": float(max(np.abs(a - b).max() for a, b in zip(spread_gradient, gradient, strict=True)) / scale),
         }
     return found
 

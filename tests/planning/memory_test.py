@@ -76,7 +76,7 @@ def test_lora_on_q_k_v_of_phi_2_trains_3_932_160_parameters():
     [(presets.phi2, 5.61, 3.93), (presets.stablelm_2_1_6b, 3.20, 2.37), (presets.qwen_1_8b, 3.36, 2.55)],
 )
 def test_totals_with_the_tower_and_the_projector(decoder, total, activated):
-    counts = memory.parameters(setup.make_model(paper(decoder(), **stages.FINETUNE_MOE._asdict())))
+    counts = memory.parameters(setup.make_model(paper(decoder(), **stages.FFN_ALL._asdict())))
     billions = [round(n / 1e9, 2) for n in counts["model"]]
     assert billions[:2] == [total, activated]
     assert 0 < counts["model"].trainable < counts["model"].total

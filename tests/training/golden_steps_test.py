@@ -41,7 +41,7 @@ def test_six_training_steps_are_those_of_the_reference(path: pathlib.Path, golde
     config = _run_config(info.config, golden)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: vlm.VLM(config.model, rngs=nnx.Rngs(0))))
     params = hf_load.load_into(params, path.parent / "checkpoint", config.model, vision=_tower(goldens)).state
-    parts = tree.partition(params, {"trainable": stages.FINETUNE_MOE.trainable, "frozen": stages.FINETUNE_MOE.frozen})
+    parts = tree.partition(params, {"trainable": stages.FFN_ALL.trainable, "frozen": stages.FFN_ALL.frozen})
     pieces = _pieces_by_tensor(info, config.model, params)
     trainable_names = json.loads((path.parent / "params.json").read_text())["trainable"]
     assert {p.path for name in trainable_names for p in pieces[name]} == set(tree.leaves(parts["trainable"]))

@@ -168,7 +168,7 @@ def test_wrong_quantisation_targets_are_errors(targets, message):
 
 
 def test_a_quantised_parameter_cannot_train():
-    config = qlora_config(stages.FINETUNE_MOE)
+    config = qlora_config(stages.FFN_ALL)
     config.model.lora = config_lib.LoraConfig()
     with pytest.raises(
         ValueError, match=r"6 quantised parameters would train \('decoder/.*', ...\), but codes have no"

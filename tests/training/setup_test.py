@@ -53,7 +53,10 @@ def test_patterns_must_name_every_parameter_once():
     assert "training.trainable pattern 'projectr/.*' names no parameter" in message
 
 
-@pytest.mark.parametrize("stage", ["EVERYTHING", "PRETRAIN", "FINETUNE", "FINETUNE_MOE"])
+STAGES = ["EVERYTHING", "PRETRAIN", "FINETUNE", "FINETUNE_FROZEN_PROJECTOR", "MOE_ONLY", "FFN_ALL"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("parallel", [True, False])
 def test_a_stage_names_every_parameter_of_every_backbone(stage, parallel):
     config = examples.run_config(**getattr(stages, stage)._asdict())

@@ -76,7 +76,7 @@ def test_the_balance_loss_is_the_mean_over_micro_batches():
     np.testing.assert_allclose(both["train/loss"], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["PRETRAIN", "FINETUNE_MOE"])
+@pytest.mark.parametrize("name", ["PRETRAIN", "FINETUNE", "FINETUNE_FROZEN_PROJECTOR", "MOE_ONLY", "FFN_ALL"])
 def test_after_one_step_frozen_leaves_are_the_same_bits_and_trainable_ones_moved(name):
     config = _config()
     train_step, state, frozen = _start(config, getattr(stages, name))
@@ -86,7 +86,9 @@ def test_after_one_step_frozen_leaves_are_the_same_bits_and_trainable_ones_moved
     for path, value in _values(frozen).items():
         np.testing.assert_array_equal(value, kept[path], err_msg=path)
     assert set(before).isdisjoint(kept)
-    assert not [path for path in after if np.array_equal(after[path], before[path])]
+    still = {path for path in after if np.array_equal(after[path], before[path])}
+    # A bias on keys shifts all scores of a query alike, so its gradient is zero but for rounding.
+    assert not {path for path in still if not path.endswith("attention/k/bias")}
     moments = _values(state.opt_state[1][0].mu)
     assert set(moments) == set(before)
 
