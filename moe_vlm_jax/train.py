@@ -4,11 +4,12 @@
 
 Evaluates on held-out questions before and after. The workdir (default runs/<name of the config>) then holds
 checkpoints/, metrics.jsonl, tensorboard/, predictions.jsonl, results.json and report.html. The same command again
-goes on where an interrupted one stopped.
+goes on where an interrupted one stopped. On several machines the same command runs on each of them: see docs/pods.md.
 """
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 import shutil
@@ -17,9 +18,8 @@ from collections.abc import Sequence
 import jax
 from absl import flags, logging
 from flax import nnx
-from jax.experimental import multihost_utils
 
-from moe_vlm_jax import command_line
+from moe_vlm_jax import command_line, distributed, tree
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.data import images, sources, tokenize
 from moe_vlm_jax.evaluation import blind, page, report, runner, scorers
@@ -28,6 +28,7 @@ from moe_vlm_jax.training import checkpoint, loop, setup
 from moe_vlm_jax.training import state as state_lib
 
 _CONFIG = command_line.define_config("configs/sft.py")
+distributed.define_flags()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<name of the config>.")
 
 
@@ -42,6 +43,8 @@ class Exam:
         self._tokenizer = tokenize.load_tokenizer(config.data.tokenizer)
         records = sources.load_records(config.data, config.data.eval_split)
         self._questions = runner.prepare_questions(records, config, self._tokenizer, self.transform)
+        asked = hashlib.sha256("\n".join(record.id for record in self._questions.records).encode()).hexdigest()[:16]
+        distributed.check_same({"held-out questions": asked}, remedy="give them the same files, see data.path")
 
     def answer(
         self, run: setup.Run, state: state_lib.TrainState, *, shuffle_images: bool = False
@@ -70,6 +73,7 @@ def train(config: config_lib.RunConfig, workdir: pathlib.Path) -> tuple[setup.Ru
         found = dataclasses.replace(config.training, base=str(workdir / "base" / "model"))
         config = dataclasses.replace(config, training=found)
     with command_line.user_errors():
+        checkpoint.check_processes(workdir, config)
         checkpoint.check_workdir(workdir, config)
         exam = Exam(config) if config.data.eval_split else None
     if is_config_file(base):
@@ -95,33 +99,35 @@ def is_config_file(base: str) -> bool:
 def train_base(name: str, workdir: pathlib.Path) -> None:
     """Trains a run whose result is another run's base, or what is left of it, and writes <workdir>/model."""
     target = workdir / "model"
-    if target.is_dir():
+    if distributed.from_leader(target.is_dir()):
         return
     with command_line.user_errors():
         config = command_line.load_config(name)
     logging.info("first the base: %s in %s", name, workdir)
     run, state = train(config, workdir)
     run.checkpoints.close()
-    if jax.process_index() == 0:
+    leaves = tree.leaves(nnx.merge_state(state.trainable, run.frozen))
+    params = distributed.to_leader({path: variable.get_value() for path, variable in leaves.items()})
+    if params is not None:
         partial = target.with_name("model.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        params = nnx.merge_state(state.trainable, run.frozen)
         writers.write(partial, params, run.config.model, layout="moe_llava")
         partial.rename(target)
-    multihost_utils.sync_global_devices("the base is written")
+    distributed.barrier("the base is written")
 
 
 def _report(run: setup.Run, exam: Exam, state: state_lib.TrainState, before: list[dict]) -> None:
     """Asks the trained model and writes down what it and the controls score."""
     config, workdir = run.config, run.workdir
     after = exam.answer(run, state)
-    results = {"before": scorers.aggregate(before), "after": after.scores}
-    if config.evaluation.controls:
-        known = sources.load_records(config.data, config.data.split)
-        results["blind"] = blind.best_blind_baseline(known, after.asked).scores
-        results["shuffled"] = exam.answer(run, state, shuffle_images=True).scores
+    shuffled = exam.answer(run, state, shuffle_images=True) if config.evaluation.controls else None
     if jax.process_index() != 0:
         return
+    results = {"before": scorers.aggregate(before), "after": after.scores}
+    if shuffled is not None:
+        known = sources.load_records(config.data, config.data.split)
+        results["blind"] = blind.best_blind_baseline(known, after.asked).scores
+        results["shuffled"] = shuffled.scores
     report.write_predictions(workdir / "predictions.jsonl", after.predictions)
     report.write_results(workdir / "results.json", results)
     page.write_page(
@@ -141,8 +147,13 @@ def _report(run: setup.Run, exam: Exam, state: state_lib.TrainState, before: lis
 
 
 def _before(run: setup.Run, exam: Exam, state: state_lib.TrainState, path: pathlib.Path) -> list[dict]:
-    """Returns the predictions before training; kept in a file, so a resumed run does not ask again."""
-    if path.exists():
+    """Returns the predictions before training; kept in a file, so a resumed run does not ask again.
+
+    Process 0 looks at the file and returns them; what another process returns is nobody's.
+    """
+    if distributed.from_leader(path.exists()):
+        if jax.process_index() != 0:
+            return []
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     logging.info("asking the model before it trains")
     predictions = exam.answer(run, state).predictions
@@ -154,9 +165,12 @@ def _before(run: setup.Run, exam: Exam, state: state_lib.TrainState, path: pathl
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
     del argv
+    with command_line.user_errors():
+        distributed.join()
     command_line.use_compilation_cache()
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{command_line.config_name()}")
     train(_CONFIG.value, workdir)
+    distributed.barrier("the run is over")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,9 @@ class Decoder(nnx.Module):
         self.layout = placement.group_layers(config.layer_experts)
 
         def stack(group: placement.LayerGroup) -> Unit:
-            make = nnx.vmap(lambda r: Unit(config, group.experts, dtype=dtype, rngs=r, mesh=mesh), in_axes=0, out_axes=0)
+            make = nnx.vmap(
+                lambda r: Unit(config, group.experts, dtype=dtype, rngs=r, mesh=mesh), in_axes=0, out_axes=0
+            )
             return make(rngs.split(group.repeats))
 
         self.groups = nnx.List([stack(group) for group in self.layout])
