@@ -17,7 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
 
-usage() { sed -n '2,15p' launch/tpu_pod.sh | cut -c3-; }
+usage() { sed -n '2,14p' launch/tpu_pod.sh | cut -c3-; }
 fail() {
   say "error: $*" >&2
   exit 2
