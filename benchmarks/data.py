@@ -128,8 +128,7 @@ def _train_data(config: config_lib.RunConfig, records: list[Record]) -> pipeline
         encode=encode,
         check_image=transform.check,
         load_image=transform,
-        process_index=0,
-        process_count=1,
+        rows=tuple(range(config.training.batch_size)),
     )
 
 

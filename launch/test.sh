@@ -56,7 +56,7 @@ if [[ "$extras" == dev ]]; then
   timed ruff run "$bin/ruff" check .
   timed format run "$bin/ruff" format --check .
   timed pyright run "$bin/pyright" --pythonpath "$bin/python"
-  timed shellcheck run "$bin/shellcheck" -x launch/*.sh .ci/run
+  timed shellcheck run "$bin/shellcheck" -x launch/*.sh launch/*.sbatch .ci/run
 else
   # Test files that import torch, themselves or through a module of tests/.
   torch_import='^\s*(import|from) torch\b'

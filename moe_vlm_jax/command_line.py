@@ -115,7 +115,7 @@ def _check_overrides(argv: Sequence[str]) -> config_lib.RunConfig | config_lib.C
       ValueError: a config file that is not there, or overrides of fields that do not exist.
     """
     mistakes = []
-    name = flags.FLAGS["config"].default
+    name = str(flags.FLAGS["config"].default)
     for i, argument in enumerate(argv[1:], start=1):
         named = re.fullmatch(r"--?config(=(?P<path>.*))?", argument)
         if named:

@@ -222,6 +222,32 @@ def batch_shardings(batch: batch_lib.Batch, mesh: jax.sharding.Mesh, *, accumula
     return jax.tree.map(place, batch)
 
 
+def process_rows(mesh: jax.sharding.Mesh, batch_size: int, process_index: int) -> tuple[int, ...]:
+    """Returns which rows of a batch the devices of one process hold, in their order.
+
+    Processes that only differ along 'tensor' hold the same rows.
+
+    >>> process_rows(mesh, 8, 1)  # data=4 of two processes with two devices each
+    (4, 5, 6, 7)
+
+    Raises:
+      ValueError: the mesh spans several processes and does not divide the rows.
+    """
+    parts = num_row_devices(mesh)
+    processes = {device.process_index for device in mesh.devices.flat}
+    if batch_size % parts == 0:
+        owners = mesh.devices.reshape(parts, -1)
+        held = [i for i in range(parts) if any(device.process_index == process_index for device in owners[i])]
+        share = batch_size // parts
+        return tuple(part * share + i for part in held for i in range(share))
+    if len(processes) > 1:
+        raise ValueError(
+            f"training.batch_size={batch_size} rows cannot be spread over the {parts} devices along data, fsdp and "
+            f"expert, which belong to {len(processes)} processes; use a multiple of {parts}, or a larger mesh.tensor."
+        )
+    return tuple(range(batch_size))
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

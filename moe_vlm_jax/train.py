@@ -5,10 +5,12 @@
 Evaluates on held-out questions before and after. The workdir (default runs/<name of the config>) then holds
 checkpoints/, metrics.jsonl, tensorboard/, predictions.jsonl, results.json and report.html. The same command again
 goes on where an interrupted one stopped. Where the config is a chain of runs, each has a workdir of its own inside
-(see chain.py), and a table at the end compares them.
+(see chain.py), and a table at the end compares them. On several machines the same command runs on each of them: see
+docs/pods.md.
 """
 
 import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
@@ -16,9 +18,8 @@ from collections.abc import Sequence
 import jax
 from absl import flags, logging
 from flax import nnx
-from jax.experimental import multihost_utils
 
-from moe_vlm_jax import chain, command_line
+from moe_vlm_jax import chain, command_line, distributed
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.data import images, sources, tokenize
 from moe_vlm_jax.evaluation import blind, page, report, runner, scorers
@@ -27,6 +28,7 @@ from moe_vlm_jax.training import base, checkpoint, export, loop, setup
 from moe_vlm_jax.training import state as state_lib
 
 _CONFIG = command_line.define_config("configs/sft.py")
+distributed.define_flags()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<name of the config>.")
 
 
@@ -41,6 +43,8 @@ class Exam:
         self._tokenizer = tokenize.load_tokenizer(config.data.tokenizer)
         records = sources.load_records(config.data, config.data.eval_split)
         self._questions = runner.prepare_questions(records, config, self._tokenizer, self.transform)
+        asked = hashlib.sha256("\n".join(record.id for record in self._questions.records).encode()).hexdigest()[:16]
+        distributed.check_same({"held-out questions": asked}, remedy="give them the same files, see data.path")
 
     def answer(
         self, run: setup.Run, state: state_lib.TrainState, *, shuffle_images: bool = False
@@ -65,9 +69,9 @@ class Exam:
 def train(config: config_lib.RunConfig, workdir: pathlib.Path) -> tuple[setup.Run, state_lib.TrainState]:
     """Runs the whole job, or what is left of it, and returns the run and its last state."""
     with command_line.user_errors():
+        checkpoint.check_processes(workdir, config)
         checkpoint.check_workdir(workdir, config)
         exam = Exam(config) if config.data.eval_split else None
-    with command_line.user_errors():
         run, untrained = setup.make_run(config, workdir)
     before = _before(run, exam, untrained, workdir / "predictions_before.jsonl") if exam else []
     with command_line.user_errors():
@@ -89,17 +93,17 @@ def train_chain(config: config_lib.Chain, workdir: pathlib.Path) -> None:
                 raise ValueError(f"{name}: {error}") from error
     for number, (name, run_config) in enumerate(runs.items(), start=1):
         folder = workdir / name
-        if export.read_summary(folder) is None:
+        if distributed.from_leader(export.read_summary(folder) is None):
             logging.info("run %d of %d: %s in %s", number, len(runs), name, folder)
             run, state = train(run_config, folder)
             run.checkpoints.close()
             run.iterator.close()
+            if chain.leaves_checkpoint(run_config):
+                params = nnx.merge_state(state.trainable, run.frozen)
+                export.write_model(chain.model_folder(workdir, name), params, run.config)
             if jax.process_index() == 0:
-                if chain.leaves_checkpoint(run_config):
-                    params = nnx.merge_state(state.trainable, run.frozen)
-                    export.write_model(chain.model_folder(workdir, name), params, run.config)
                 export.write_summary(folder, name, state.trainable, run.num_steps)
-            multihost_utils.sync_global_devices(f"{name} is finished")
+            distributed.barrier(f"{name} is finished")
     if jax.process_index() == 0:
         print(f"{workdir}, held-out questions before and after each run:")
         print(export.table([found for name in runs if (found := export.read_summary(workdir / name))]))
@@ -122,13 +126,14 @@ def _report(run: setup.Run, exam: Exam, state: state_lib.TrainState, before: lis
     """Asks the trained model and writes down what it and the controls score."""
     config, workdir = run.config, run.workdir
     after = exam.answer(run, state)
-    results = {"before": scorers.aggregate(before), "after": after.scores}
-    if config.evaluation.controls:
-        known = sources.load_records(config.data, config.data.split)
-        results["blind"] = blind.best_blind_baseline(known, after.asked).scores
-        results["shuffled"] = exam.answer(run, state, shuffle_images=True).scores
+    shuffled = exam.answer(run, state, shuffle_images=True) if config.evaluation.controls else None
     if jax.process_index() != 0:
         return
+    results = {"before": scorers.aggregate(before), "after": after.scores}
+    if shuffled is not None:
+        known = sources.load_records(config.data, config.data.split)
+        results["blind"] = blind.best_blind_baseline(known, after.asked).scores
+        results["shuffled"] = shuffled.scores
     report.write_predictions(workdir / "predictions.jsonl", after.predictions)
     report.write_results(workdir / "results.json", results)
     page.write_page(
@@ -148,8 +153,13 @@ def _report(run: setup.Run, exam: Exam, state: state_lib.TrainState, before: lis
 
 
 def _before(run: setup.Run, exam: Exam, state: state_lib.TrainState, path: pathlib.Path) -> list[dict]:
-    """Returns the predictions before training; kept in a file, so a resumed run does not ask again."""
-    if path.exists():
+    """Returns the predictions before training; kept in a file, so a resumed run does not ask again.
+
+    Process 0 looks at the file and returns them; what another process returns is nobody's.
+    """
+    if distributed.from_leader(path.exists()):
+        if jax.process_index() != 0:
+            return []
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     logging.info("asking the model before it trains")
     predictions = exam.answer(run, state).predictions
@@ -161,12 +171,15 @@ def _before(run: setup.Run, exam: Exam, state: state_lib.TrainState, path: pathl
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
     del argv
+    with command_line.user_errors():
+        distributed.join()
     command_line.use_compilation_cache()
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value or f"runs/{command_line.config_name()}")
     if isinstance(config, config_lib.Chain):
         train_chain(config, workdir)
     else:
         train(config, workdir)
+    distributed.barrier("the run is over")
 
 
 if __name__ == "__main__":

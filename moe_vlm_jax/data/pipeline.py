@@ -16,6 +16,7 @@ from typing import Any
 from absl import logging
 
 from moe_vlm_jax import config as config_lib
+from moe_vlm_jax.data import host as host_lib
 from moe_vlm_jax.data import images as images_lib
 from moe_vlm_jax.data import lengths as lengths_lib
 from moe_vlm_jax.data import planning, sources, stream, tokenize, trees
@@ -52,17 +53,18 @@ class TrainData:
         return stream.TrainIterator(self.source, self.builder, self.num_workers, self.fingerprint, first)
 
 
-def make_train_data(config: config_lib.RunConfig, *, process_index: int = 0, process_count: int = 1) -> TrainData:
+def make_train_data(config: config_lib.RunConfig, host: host_lib.Host | None = None) -> TrainData:
     """Reads, checks and plans the training data of a run.
 
     Args:
       config: the run.
-      process_index, process_count: this host among all; each builds an even share of every batch.
+      host: this process among all, and the rows that it builds; None: it is alone.
 
     Raises:
       ValueError: a setting or (with data.on_bad_sample='error') a sample breaks a rule.
     """
     data = config.data
+    host = host or host_lib.alone(config.training.batch_size)
     tokenizer = tokenize.load_tokenizer(data.tokenizer)
     transform = images_lib.transform_for(config.model.vision, data)
 
@@ -72,14 +74,14 @@ def make_train_data(config: config_lib.RunConfig, *, process_index: int = 0, pro
         )
         return tokenize.truncate(whole, data.max_text_tokens), len(whole.tokens) > data.max_text_tokens
 
+    records = sources.load_records(data, data.split)
     return build_train_data(
         config,
-        sources.load_records(data, data.split),
+        records,
         encode=encode,
-        check_image=transform.check,
+        check_image=host_lib.shared_check(transform.check, records, host),
         load_image=transform,
-        process_index=process_index,
-        process_count=process_count,
+        rows=host.rows,
     )
 
 
@@ -90,12 +92,14 @@ def build_train_data(
     encode: Callable[[Record], tuple[Example, bool]],
     check_image: Callable[[Any], None],
     load_image: trees.LoadImage,
-    process_index: int,
-    process_count: int,
+    rows: tuple[int, ...],
 ) -> TrainData:
-    """Returns the training data of these records; see `make_train_data` and `lengths.measure` for the arguments."""
+    """Returns the training data of these records, of which this host builds some rows of every micro-batch.
+
+    See `make_train_data` and `lengths.measure` for the arguments.
+    """
     data, training, vision = config.data, config.training, config.model.vision
-    _check_settings(config, process_count)
+    _check_settings(config)
     limits = lengths_lib.Limits(
         max_row=max(data.row_lengths),
         images_per_row=data.images_per_row,
@@ -135,26 +139,21 @@ def build_train_data(
             image_size=vision.image_size,
             load_image=load_image,
             accumulation=training.accumulation,
-            process_index=process_index,
-            process_count=process_count,
+            rows=rows,
         ),
         num_workers=data.num_workers,
         fingerprint=_fingerprint(examples, forest, layout),
     )
 
 
-def _check_settings(config: config_lib.RunConfig, process_count: int) -> None:
-    data, batch_size = config.data, config.training.batch_size
+def _check_settings(config: config_lib.RunConfig) -> None:
+    data = config.data
     if list(data.row_lengths) != sorted(set(data.row_lengths)) or not data.row_lengths or data.row_lengths[0] < 1:
         raise ValueError(f"data.row_lengths={data.row_lengths} must be positive and ascending; sort them.")
     if max(data.row_lengths) > config.model.decoder.max_positions:
         raise ValueError(
             f"data.row_lengths={data.row_lengths} must not exceed decoder.max_positions="
             f"{config.model.decoder.max_positions}; shorten the rows."
-        )
-    if batch_size % process_count:
-        raise ValueError(
-            f"training.batch_size={batch_size} rows cannot be split evenly over {process_count} hosts; use a multiple."
         )
 
 

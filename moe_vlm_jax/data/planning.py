@@ -132,17 +132,15 @@ def plan_epoch(lengths: np.ndarray, images: np.ndarray, layout: Layout, *, epoch
     return steps
 
 
-def host_rows(step: Step, *, accumulation: int, process_index: int, process_count: int) -> list[list[tuple[int, ...]]]:
-    """Returns the rows of each micro-batch that one host builds: an even, contiguous share of each.
+def host_rows(step: Step, *, accumulation: int, rows: Sequence[int]) -> list[list[tuple[int, ...]]]:
+    """Returns the rows of each micro-batch that one host builds.
 
     >>> step = Step(8, ((0,), (1,), (2,), (3,), (4,), (5,), (6,), ()))
-    >>> host_rows(step, accumulation=2, process_index=1, process_count=2)
+    >>> host_rows(step, accumulation=2, rows=(2, 3))
     [[(2,), (3,)], [(6,), ()]]
     """
     batch_size = len(step.rows) // accumulation
-    share = batch_size // process_count
-    starts = [a * batch_size + process_index * share for a in range(accumulation)]
-    return [list(step.rows[start : start + share]) for start in starts]
+    return [[step.rows[a * batch_size + row] for row in rows] for a in range(accumulation)]
 
 
 def _halve(

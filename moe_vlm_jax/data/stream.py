@@ -28,8 +28,8 @@ class HostBatch(NamedTuple):
     """What this host feeds to one step.
 
     Attributes:
-      batch: Batch of numpy arrays [A, B / hosts, T], images [A, I, S, S, 3] or None. image_slot counts the images of
-        the whole micro-batch, over all hosts.
+      batch: Batch of numpy arrays [A, B of this host, T], images [A, I, S, S, 3] or None. image_slot counts the images
+        of the whole micro-batch, over all hosts.
       sample_ids: of the samples in it, in order of their rows.
     """
 
@@ -49,7 +49,7 @@ class BatchBuilder:
       image_size: pixels along a side (S).
       load_image: reference -> float32[S, S, 3].
       accumulation: micro-batches of a step (A).
-      process_index, process_count: this host among all.
+      rows: which rows of a micro-batch this host builds.
     """
 
     examples: Sequence[Example]
@@ -59,14 +59,10 @@ class BatchBuilder:
     image_size: int
     load_image: trees.LoadImage
     accumulation: int
-    process_index: int
-    process_count: int
+    rows: tuple[int, ...]
 
     def __call__(self, step: planning.Step) -> HostBatch:
-        share = self.layout.rows_per_step // self.accumulation // self.process_count
-        micro_batches = planning.host_rows(
-            step, accumulation=self.accumulation, process_index=self.process_index, process_count=self.process_count
-        )
+        micro_batches = planning.host_rows(step, accumulation=self.accumulation, rows=self.rows)
         rows = [[[self._tree(t) for t in row] for row in micro_batch] for micro_batch in micro_batches]
         batches = [
             trees.collate(
@@ -76,7 +72,7 @@ class BatchBuilder:
                 num_patches=self.num_patches,
                 image_size=self.image_size,
                 load_image=self.load_image,
-                first_row=self.process_index * share,
+                row_numbers=self.rows,
             )
             for micro_batch in rows
         ]

@@ -148,7 +148,7 @@ def collate(
     num_patches: int,
     image_size: int,
     load_image: LoadImage,
-    first_row: int = 0,
+    row_numbers: Seq[int] | None = None,
 ) -> Batch:
     """Returns rows of trees as one Batch of static shape.
 
@@ -162,7 +162,7 @@ def collate(
       num_patches: slots of one image (P).
       image_size: pixels along a side (S).
       load_image: reference -> float32[S, S, 3]; called once for each tree that has the image.
-      first_row: index of rows[0] within the whole batch, where these are one host's rows.
+      row_numbers: of each row within the whole batch, where these are one host's rows; None: 0, 1, ...
 
     Returns:
       Batch [B, T] with images float32[B * images_per_row, S, S, 3] (zeros where a row has fewer) or None.
@@ -172,7 +172,8 @@ def collate(
     """
     batch = _empty(len(rows), row_length)
     images = np.zeros((len(rows) * images_per_row, image_size, image_size, 3), np.float32) if images_per_row else None
-    for r, trees in enumerate(rows):
+    numbers = range(len(rows)) if row_numbers is None else row_numbers
+    for r, (trees, number) in enumerate(zip(rows, numbers, strict=True)):
         start, image = 0, r * images_per_row
         for t, tree in enumerate(trees, start=1):
             end, image_end = start + len(tree), image + len(tree.images)
@@ -185,7 +186,7 @@ def collate(
             batch.tokens[here], batch.labels[here] = tree.tokens, tree.labels
             batch.position[here], batch.branch[here] = tree.position, tree.branch
             batch.tree[here], batch.valid[here] = t, True
-            offset = (image + first_row * images_per_row) * num_patches
+            offset = (image + (number - r) * images_per_row) * num_patches
             batch.image_slot[here] = np.where(tree.image_slot < 0, -1, tree.image_slot + offset)
             if images is not None:
                 for i, reference in enumerate(tree.images, start=image):

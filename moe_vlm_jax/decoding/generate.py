@@ -21,6 +21,7 @@ from flax import nnx
 
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
+from moe_vlm_jax import sharding
 from moe_vlm_jax.decoding import sampling
 
 
@@ -146,7 +147,9 @@ def _generate(
     _, _, tokens, stopped, _ = jax.lax.while_loop(unfinished, advance, carry)
     is_end = (tokens[:, :, None] == end_tokens).any(axis=-1) & stopped[:, None]
     length = jnp.where(stopped, jnp.argmax(is_end, axis=1), max_new_tokens)
-    return Generated(tokens=tokens, length=length.astype(jnp.int32), stopped=stopped)
+    out = Generated(tokens=tokens, length=length.astype(jnp.int32), stopped=stopped)
+    # Every process of a mesh reads all rows.
+    return out if model.mesh is None else jax.lax.with_sharding_constraint(out, sharding.replicated(model.mesh))
 
 
 def dropless_graphdef(graphdef: nnx.GraphDef, params: nnx.State) -> nnx.GraphDef:

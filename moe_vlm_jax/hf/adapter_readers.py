@@ -11,12 +11,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import tree
+from moe_vlm_jax import distributed, tree
 from moe_vlm_jax.hf import adapters, configs, peft_layout, plans, readers
 from moe_vlm_jax.hf import pieces as pieces_lib
 from moe_vlm_jax.models import adapters as adapters_lib
@@ -130,7 +129,7 @@ def placed(state: nnx.State, leaves: Mapping[str, np.ndarray]) -> nnx.State:
         if path not in leaves:
             return variable
         old = variable.get_value()
-        return variable.replace(jax.device_put(leaves[path].astype(old.dtype), getattr(old, "sharding", None)))
+        return variable.replace(distributed.place(leaves[path].astype(old.dtype), getattr(old, "sharding", None)))
 
     if unknown := sorted(set(leaves) - set(tree.leaves(state))):
         raise ValueError(f"{len(unknown)} leaves have no place in the state: {plans.shown(unknown)}.")

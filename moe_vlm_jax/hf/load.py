@@ -14,7 +14,7 @@ from absl import logging
 from flax import nnx
 
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import tree
+from moe_vlm_jax import distributed, tree
 from moe_vlm_jax.hf import pieces as pieces_lib
 from moe_vlm_jax.hf import plans, readers
 from moe_vlm_jax.quant import tensor as quant
@@ -65,9 +65,9 @@ def load_into(
     leaves = {path: variable.get_value() for path, variable in tree.leaves(abstract).items()}
     quantized = {path: leaf for path, leaf in leaves.items() if quant.is_quantized(leaf)}
     for path, leaf in read_leaves(plan, quantized):
-        # device_put, unlike jnp.asarray, takes an aligned array over without a copy on CPU.
-        places = jax.tree.map(lambda spec: getattr(spec, "sharding", None), leaves[path])
-        filled[path] = jax.tree.map(jax.device_put, leaf, places)
+        filled[path] = jax.tree.map(
+            lambda array, spec: distributed.place(array, getattr(spec, "sharding", None)), leaf, leaves[path]
+        )
     log(plan.report, folder)
     pairs = [(path, v.replace(filled["/".join(map(str, path))])) for path, v in nnx.to_flat_state(abstract)]
     return Loaded(nnx.from_flat_state(pairs), plan.report)

@@ -48,6 +48,8 @@ def upcycle(
             f"layers with experts {dense_experts} cannot be upcycled to {moe_experts}; start from a dense model of the "
             "same depth."
         )
+    if noise and key is None:
+        raise ValueError(f"noise={noise} needs a key to draw it with; give key=jax.random.key(SEED).")
     source = tree.leaves(dense)
     targets = placement.group_layers(moe_experts)
     layers = _Layers(dense, placement.group_layers(dense_experts))
@@ -66,7 +68,7 @@ def upcycle(
         rows = [layers.leaf(_dense_name(leaf), group.layer(int(b), r)) for r in range(group.repeats)]
         experts = group.experts[int(b)] if leaf.startswith(_EXPERTS) else 0
         value = jax.tree.map(lambda *arrays, experts=experts: _stack(arrays, experts), *rows)
-        if noise and experts and leaf.endswith("/kernel"):
+        if key is not None and noise and experts and leaf.endswith("/kernel"):
             # One key for each leaf by its name: the noise of a kernel does not depend on what else there is.
             value = _perturbed(value, noise, jax.random.fold_in(key, zlib.crc32(name.encode())))
         grown.append((path, variable.replace(value if quant.is_quantized(value) else value.astype(variable.dtype))))

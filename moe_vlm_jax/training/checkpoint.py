@@ -11,24 +11,26 @@ import hashlib
 import json
 import os
 import pathlib
+import re
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import tree, validation
+from moe_vlm_jax import distributed, tree, validation
 from moe_vlm_jax.training import state as state_lib
 
 # Fields that may change between two starts of one run: they decide where and how it computes, not what.
 FREE_FIELDS = ("data.num_workers", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor")
 BEST_METRIC = "exact_match"
+SHARED_SECONDS = 60.0  # after which a network file system shows a new file everywhere
 
 
 class Restored(NamedTuple):
@@ -174,8 +176,13 @@ def check_workdir(workdir: str | os.PathLike, config: config_lib.RunConfig) -> N
     """Checks that a workdir is new or belongs to the same run.
 
     Raises:
-      ValueError: the workdir holds a run with another config; lists every differing field with both values.
+      ValueError: the workdir is a URL, or holds a run with another config; lists every field that differs, both values.
     """
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(workdir)):
+        raise ValueError(
+            f"workdir {str(workdir)!r} is a URL, but a workdir is a folder of a file system, which all processes of a "
+            "run share; mount the bucket (gcsfuse) or use a network file system, and give that path: see docs/pods.md."
+        )
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
         return
@@ -194,14 +201,31 @@ def check_workdir(workdir: str | os.PathLike, config: config_lib.RunConfig) -> N
 
 
 def claim_workdir(workdir: str | os.PathLike, config: config_lib.RunConfig) -> None:
-    """Writes the config into a workdir that passed `check_workdir`."""
-    if jax.process_index() != 0:
-        return
+    """Writes the config into a workdir that passed `check_workdir`.
+
+    Raises:
+      ValueError: other processes of the run do not see this folder.
+    """
     path = pathlib.Path(workdir) / "config.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_fields(config), indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(_fields(config), indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    if jax.process_count() > 1:
+        _check_shared(path.parent)
+
+
+def check_processes(workdir: str | os.PathLike, config: config_lib.RunConfig) -> None:
+    """Checks that all processes of a run were started alike.
+
+    Raises:
+      ValueError: another config, or another workdir, on some process.
+    """
+    fields = {name: value for name, value in _fields(config).items() if name != "data.num_workers"}
+    distributed.check_same(
+        fields | {"workdir": str(workdir)}, remedy="start all processes with the same command and the same config file"
+    )
 
 
 def read_config(workdir: str | os.PathLike) -> config_lib.RunConfig:
@@ -229,16 +253,42 @@ def fingerprint(state: nnx.State) -> str:
     for path, variable in tree.leaves(state).items():
         for array in jax.tree.leaves(variable):
             digest.update(f"{path} {array.shape} {array.dtype} ".encode())
-            digest.update(np.asarray(jax.device_get(_sums(array))).tobytes())
+            digest.update(distributed.to_host(_sums(array)).tobytes())
     return digest.hexdigest()[:16]
 
 
 @jax.jit
 def _sums(array: jax.Array) -> jax.Array:
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
-    words = jax.lax.bitcast_convert_type(array, width).astype(jnp.uint32).reshape(-1)
-    weights = jnp.arange(words.size, dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(1)
+    words = jax.lax.bitcast_convert_type(array, width).astype(jnp.uint32)
+    # The position in the flat array, without flattening it: that would gather an array that several devices share.
+    position = jnp.zeros(words.shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(words.ndim)):
+        position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    weights = position * jnp.uint32(2654435761) + jnp.uint32(1)
     return jnp.stack([jnp.sum(words, dtype=jnp.uint32), jnp.sum(words * weights, dtype=jnp.uint32)])
+
+
+def _check_shared(workdir: pathlib.Path) -> None:
+    """Raises ValueError when some process does not see what process 0 writes into the workdir."""
+    word = distributed.from_leader(os.urandom(8).hex())
+    path = workdir / ".shared"
+    if jax.process_index() == 0:
+        path.write_text(word, encoding="utf-8")
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not (seen := path.is_file() and path.read_text(encoding="utf-8") == word) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [str(i) for i, sees in enumerate(distributed.gather(seen)) if not sees]
+    if jax.process_index() == 0:
+        path.unlink()
+    if blind:
+        raise ValueError(
+            f"workdir {str(workdir)!r} is not the same folder on all processes: {', '.join(blind)} of "
+            f"{jax.process_count()} do not see what process 0 wrote; checkpoints are written by all processes together; "
+            "use a folder on a file system that they share."
+        )
 
 
 def _score(metrics: Mapping[str, float]) -> float:

@@ -17,6 +17,7 @@ import jax
 from flax import nnx
 
 from moe_vlm_jax import config as config_lib
+from moe_vlm_jax import distributed, tree
 from moe_vlm_jax.hf import configs, describe, writers
 from moe_vlm_jax.training import base
 
@@ -37,21 +38,25 @@ def check(config: config_lib.RunConfig) -> None:
 def write_model(folder: pathlib.Path, params: nnx.State, config: config_lib.RunConfig) -> None:
     """Writes a run's result; the folder appears under its name when everything is in it.
 
-    A folder that is already there is left as it is: it is whole.
+    A folder that is already there is left as it is: it is whole. All processes call this together; process 0 writes.
 
     Args:
       folder: to write.
       params: all parameters, on the devices.
       config: of the run; its base's other fields and small files, and the tokenizer's files, go along.
     """
-    if folder.is_dir():
+    if distributed.from_leader(folder.is_dir()):
+        return
+    leaves = {path: variable.get_value() for path, variable in tree.leaves(params).items()}
+    whole = distributed.to_leader(leaves)
+    if whole is None:
         return
     training, info = config.training, None
     if training.base and not base.is_saved(training.base):
         info = configs.read(training.base, vision=training.base_vision or None)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    writers.write(partial, params, config.model, layout=_LAYOUT, base=info)
+    writers.write(partial, whole, config.model, layout=_LAYOUT, base=info)
     sources = [info.folder] if info is not None else []
     writers.copy_companions([*sources, pathlib.Path(config.data.tokenizer)], partial)
     partial.rename(folder)

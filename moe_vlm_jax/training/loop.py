@@ -18,6 +18,8 @@ from moe_vlm_jax.training import state as state_lib
 
 # Evaluates a state; the result's checkpoint.BEST_METRIC decides which checkpoint is the best.
 Evaluate = Callable[[state_lib.TrainState], dict[str, float]]
+# How long a signal to one of several processes may wait for the others; a preempted machine is given 30 seconds.
+AGREE_SECONDS = 2.0
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -60,6 +62,7 @@ def fit(run: setup_lib.Run, state: state_lib.TrainState, *, evaluate: Evaluate |
     config = run.config
     writer = metrics_lib.Writer(run.workdir, first_step=step, num_steps=run.num_steps)
     clock = _Clock(run, writer)
+    agree = _Agreement(step)
     pending: _Pending | None = None
     batch = next(run.iterator)
     with contextlib.closing(writer), _stop_on_sigterm() as stop_asked:
@@ -76,7 +79,7 @@ def fit(run: setup_lib.Run, state: state_lib.TrainState, *, evaluate: Evaluate |
                 clock.report(previous)
             clock.count(batch)
             overdue = 0 < config.training.checkpoint_seconds <= time.monotonic() - last_save
-            stop, overdue = _agree(step, config.training.log_every, stop_asked(), overdue)
+            stop, overdue = agree(step, stop_asked(), overdue)
             every = config.evaluation.every_steps
             scorer = evaluate if every > 0 and step % every == 0 else None
             save_due = (
@@ -120,13 +123,14 @@ class _Clock:
     def count(self, batch: Any) -> None:
         """Adds a dispatched step to the interval."""
         self._steps += 1
-        self._tokens += int(np.sum(batch.batch.valid)) * jax.process_count()
         flops = self._run.flops(batch)
         self._flops = None if flops is None or self._flops is None else self._flops + flops
 
     def report(self, pending: _Pending) -> None:
         """Checks a step's loss and, every log_every steps, writes its figures; waits until the step is done."""
-        if not bool(jax.device_get(pending.metrics["train/finite"])):
+        finite, tokens = jax.device_get((pending.metrics["train/finite"], pending.metrics["train/tokens"]))
+        self._tokens += int(tokens)
+        if not finite:
             loss, norm = jax.device_get((pending.metrics["train/loss"], pending.metrics["train/grad_norm"]))
             raise NonFiniteLossError(
                 f"loss {loss} and gradient norm {norm} at step {pending.step}; lower the learning rate, or look at the "
@@ -162,16 +166,27 @@ class _Clock:
         self._waited += self._run.iterator.wait_seconds - waited
 
 
-def _agree(step: int, every: int, *wishes: bool) -> tuple[bool, ...]:
-    """Returns the wishes of all hosts, or-ed: signals and clocks differ, but a save needs everybody.
+class _Agreement:
+    """Lets all processes act on the wish of one: signals and clocks differ, but a save needs everybody.
 
-    With several hosts that costs a round trip, so it is done every few steps only.
+    That is a round trip, so it is made about every AGREE_SECONDS, at steps that all processes choose alike.
     """
-    if jax.process_count() == 1:
-        return wishes
-    if step % every:
-        return tuple(False for _ in wishes)
-    return tuple(bool(wish) for wish in multihost_utils.process_allgather(np.array(wishes)).any(axis=0))
+
+    def __init__(self, step: int):
+        self._last, self._next, self._time = step, step + 1, time.monotonic()
+
+    def __call__(self, step: int, *wishes: bool) -> tuple[bool, ...]:
+        """Returns the wishes of all processes, or-ed; all False at steps without a round trip."""
+        if jax.process_count() == 1:
+            return wishes
+        if step < self._next:
+            return tuple(False for _ in wishes)
+        now = time.monotonic()
+        step_seconds = (now - self._time) / (step - self._last)
+        found = multihost_utils.process_allgather(np.array([*wishes, step_seconds], np.float32))
+        self._next = step + max(1, int(AGREE_SECONDS / max(found[:, -1].max(), 1e-4)))
+        self._last, self._time = step, now
+        return tuple(bool(wish) for wish in found[:, :-1].any(axis=0))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from flax import nnx
 
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import cost, sharding, tree, validation
+from moe_vlm_jax import cost, distributed, sharding, tree, validation
+from moe_vlm_jax.data import host as host_lib
 from moe_vlm_jax.data import pipeline, stream, trees
 from moe_vlm_jax.models import vlm
 from moe_vlm_jax.quant import state as quant
@@ -79,7 +80,7 @@ class Run:
         """Compiles the step for the shape of this batch, if that has not been done."""
         shape = _shape(host_batch.batch)
         if shape not in self._programs:
-            batch = to_devices(host_batch.batch, self.mesh)
+            batch = to_devices(host_batch.batch, self.mesh, self.config.training.batch_size)
             logging.info("compiling the step for rows of %s", host_batch.batch.tokens.shape)
             compiled = self.train_step.lower(state, self.frozen, batch).compile()
             self._programs[shape] = _Program(compiled, _flops(compiled))
@@ -89,7 +90,7 @@ class Run:
     ) -> tuple[state_lib.TrainState, steps.Metrics]:
         """Dispatches one step; `state` is donated."""
         self.compile(state, host_batch)
-        batch = to_devices(host_batch.batch, self.mesh)
+        batch = to_devices(host_batch.batch, self.mesh, self.config.training.batch_size)
         with jax.transfer_guard_host_to_device("disallow"):
             return self._programs[_shape(host_batch.batch)].compiled(state, self.frozen, batch)
 
@@ -117,7 +118,8 @@ def make_run(config: config_lib.RunConfig, workdir: str | pathlib.Path) -> tuple
     validation.validate(config)
     checkpoint.check_workdir(workdir, config)
     model = make_model(config)
-    data = pipeline.make_train_data(config, process_index=jax.process_index(), process_count=jax.process_count())
+    data = pipeline.make_train_data(config, make_host(config.training.batch_size, model.mesh))
+    distributed.check_same({"training data": data.fingerprint}, remedy="give them the same files, see data.path")
     optimizer_lib.check_groups(config.optimizer, list(tree.leaves(model.trainable)))
     num_steps = config.training.max_steps or data.total_steps(config.training.epochs)
     trainable, frozen = initial_params(model, config)
@@ -265,10 +267,39 @@ def show_coverage(model: Model, workdir: str | pathlib.Path) -> None:
     coverage.write(pathlib.Path(workdir) / "coverage.json", found)
 
 
-def to_devices(batch: batch_lib.Batch, mesh: jax.sharding.Mesh) -> batch_lib.Batch:
-    """Returns this host's share of a batch as part of the global one, on the devices."""
-    shardings = sharding.batch_shardings(batch, mesh, accumulated=True)
-    return jax.tree.map(jax.make_array_from_process_local_data, shardings, batch)
+def make_host(batch_size: int, mesh: jax.sharding.Mesh) -> host_lib.Host:
+    """Returns this process's share of the data.
+
+    Args:
+      batch_size: rows of a micro-batch.
+      mesh: whose devices hold them.
+
+    Raises:
+      ValueError: the rows cannot be spread over several processes.
+    """
+    rows = sharding.process_rows(mesh, batch_size, jax.process_index())
+    return host_lib.Host(rows, jax.process_index(), jax.process_count(), distributed.gather)
+
+
+def to_devices(batch: batch_lib.Batch, mesh: jax.sharding.Mesh, batch_size: int | None = None) -> batch_lib.Batch:
+    """Returns this process's rows of a batch as part of the global one, on the devices.
+
+    Args:
+      batch: numpy arrays with the rows of `make_host`, behind the axis of micro-batches.
+      mesh: of the devices.
+      batch_size: rows of a micro-batch, over all processes; None: these are all of them.
+    """
+    own_rows = batch.tokens.shape[1]
+    all_rows = batch_size or own_rows
+
+    def whole(x) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((x.shape[0], x.shape[1] * all_rows // own_rows, *x.shape[2:]), x.dtype)
+
+    shapes = jax.tree.map(whole, batch)
+    shardings = sharding.batch_shardings(shapes, mesh, accumulated=True)
+    return jax.tree.map(
+        lambda x, shape, place: jax.make_array_from_process_local_data(place, x, shape.shape), batch, shapes, shardings
+    )
 
 
 def _parts(params: nnx.State, config: config_lib.RunConfig) -> tuple[nnx.State, nnx.State]:

@@ -38,11 +38,12 @@ def make_train_step(
       graphdef: structure of the model.
       optimizer: over the trainable part.
       config: loss coefficients (model.moe) and loss_chunk (training).
-      out_shardings: where the new state lies; None leaves it to the compiler.
+      out_shardings: where the new state lies; metrics lie where its step does. None leaves it to the compiler.
     """
     loss_fn = functools.partial(micro_batch_loss, graphdef=graphdef, config=config)
     step = functools.partial(_train_step, loss_fn=loss_fn, optimizer=optimizer)
-    return jax.jit(step, donate_argnums=0, out_shardings=None if out_shardings is None else (out_shardings, None))
+    places = None if out_shardings is None else (out_shardings, out_shardings.step)
+    return jax.jit(step, donate_argnums=0, out_shardings=places)
 
 
 def micro_batch_loss(

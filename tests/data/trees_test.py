@@ -116,7 +116,7 @@ def test_image_j_of_row_r_is_image_r_times_the_room_plus_j():
     assert [image[0, 0, 0] for image in batch.images] == [0, 0, ord("z"), ord("z"), ord("x"), ord("y")]
     assert batch.image_slot[1, :8].tolist() == [4, 5, -1, -1, 6, 7, -1, -1]
     assert batch.image_slot[2, :6].tolist() == [-1, 8, 9, 10, 11, -1]
-    later = collate([[one, one], [two]], first_row=1)
+    later = collate([[one, one], [two]], row_numbers=(1, 2))
     np.testing.assert_array_equal(later.image_slot, batch.image_slot[1:])
 
 

@@ -28,7 +28,7 @@ def test_the_grouped_matmul_is_chosen_by_the_platform(platform, chosen):
 def test_the_abstract_batch_has_the_shape_and_place_of_a_real_one(tmp_path):
     config = examples.run_config(cache=tmp_path)
     mesh = setup.make_model(config).mesh
-    iterator = pipeline.make_train_data(config, process_index=0, process_count=1).iterator()
+    iterator = pipeline.make_train_data(config).iterator()
     real = setup.to_devices(next(iterator).batch, mesh)
     iterator.close()
     abstract = setup.abstract_batch(config, mesh)

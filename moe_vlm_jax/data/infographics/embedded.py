@@ -7,16 +7,19 @@ A rendered set is a folder that the InfographicVQA loader reads as it is:
       infographicsVQA_train_v1.0.json     {"dataset_name": "synthetic infographics", ..., "data": [...]}
 
 Its name holds everything the content depends on, so a set is never taken for another. It is written beside its final
-place and moved there in one step: a killed render leaves nothing that looks finished.
+place and moved there in one step: a killed render leaves nothing that looks finished. Of several processes on a machine
+one renders and the others wait for it.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from absl import logging
@@ -56,17 +59,20 @@ def ensure_rendered(data: config_lib.DataConfig, split: str) -> pathlib.Path:
     if folder.is_dir():
         return folder
     root.mkdir(parents=True, exist_ok=True)
-    logging.info("rendering %d %s synthetic infographics into %s", count, data.difficulty, folder)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
-    try:
-        render(partial, seed=SEED, count=count, split=split)
+    with _one_process(root / f".{folder.name}.lock"):
+        if folder.is_dir():  # the process that had the lock before has rendered it
+            return folder
+        logging.info("rendering %d %s synthetic infographics into %s", count, data.difficulty, folder)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
         try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            render(partial, seed=SEED, count=count, split=split)
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # otherwise another machine was faster, with the same content
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -99,6 +105,15 @@ def render_mini(folder: pathlib.Path, *, seed: int, count: int, split: str) -> N
         seen.add(chart.items)
     content = {"dataset_name": DATASET_NAME, "dataset_version": "1.0", "dataset_split": split, "data": rows}
     _json_path(folder, split).write_text(json.dumps(content), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _one_process(lock: pathlib.Path) -> Iterator[None]:
+    """Lets one process of this machine at a time inside; a process that dies lets the next one in."""
+    with lock.open("w") as file:
+        with contextlib.suppress(OSError):  # a file system without locks: rendering twice is slow, not wrong
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _held_out_split(chart: mini.Chart) -> str:
