@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from flax import nnx
 
 from moe_vlm_jax import config as config_lib
@@ -46,6 +46,7 @@ def run_config(folder: pathlib.Path, **mesh: int) -> config_lib.RunConfig:
         keep_checkpoints=5,
     )
     config.model.decoder.num_layers, config.model.moe.placement = 1, "dense"
+    config.model.decoder.rotary_dim = config.model.decoder.head_dim  # Qwen2's, which has a checkpoint layout
     config.data.num_images = 20
     config.generation = config_lib.GenerationConfig(max_new_tokens=2)
     config.evaluation = config_lib.EvaluationConfig(max_questions=6, batch_size=4, controls=False, page_samples=2)
@@ -160,6 +161,7 @@ PARTS: dict[str, Callable[[pathlib.Path], None]] = {"alone": alone, "two": two, 
 if __name__ == "__main__":
     part, where = sys.argv[1:]
     flags.FLAGS(["distributed_worker"])
+    logging.set_verbosity(logging.INFO)  # as the command lines do
     jax.config.update("jax_default_matmul_precision", "highest")
     distributed.join()
     PARTS[part](pathlib.Path(where))

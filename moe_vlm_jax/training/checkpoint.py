@@ -286,7 +286,7 @@ def _check_shared(workdir: pathlib.Path) -> None:
     if blind:
         raise ValueError(
             f"workdir {str(workdir)!r} is not the same folder on all processes: {', '.join(blind)} of "
-            f"{jax.process_count()} do not see what process 0 wrote; checkpoints are written by all processes together; "
+            f"{jax.process_count()} do not see what process 0 wrote; all processes write checkpoints together; "
             "use a folder on a file system that they share."
         )
 
