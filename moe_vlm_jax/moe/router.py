@@ -130,12 +130,16 @@ def switch_loss(mean_probs: jax.Array, first_choice_share: jax.Array) -> jax.Arr
 
 
 def _choose(logits: jax.Array, top_k: int, noise: jax.Array | None) -> jax.Array:
-    """Returns int32[M, k]; ties go to the lower expert."""
-    if noise is None:
-        return jax.lax.top_k(logits, top_k)[1]
-    if top_k == 1:
-        return jnp.argmax(logits + noise, axis=-1, keepdims=True)
-    first = jnp.argmax(logits, axis=-1)
-    taken = jax.nn.one_hot(first, logits.shape[-1], dtype=bool)
-    rest = jax.lax.top_k(jnp.where(taken, -jnp.inf, logits + noise), top_k - 1)[1]
-    return jnp.concatenate([first[:, None], rest], axis=-1)
+    """Returns int32[M, k]; ties go to the lower expert.
+
+    A few argmaxes instead of lax.top_k, which XLA:CPU cannot cut: it would gather the logits of all devices on each.
+    """
+    later = logits if noise is None else logits + noise
+    scores = later if top_k == 1 else logits
+    taken = jnp.zeros(logits.shape, bool)
+    index = []
+    for _ in range(top_k):
+        index.append(jnp.argmax(jnp.where(taken, -jnp.inf, scores), axis=-1))
+        taken |= jax.nn.one_hot(index[-1], logits.shape[-1], dtype=bool)
+        scores = later
+    return jnp.stack(index, axis=-1)

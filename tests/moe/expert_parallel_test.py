@@ -1,17 +1,28 @@
-"""Eight fake devices, on every kind of mesh, compute what one computes: loss, gradients and five steps."""
+"""Eight fake devices, on every kind of mesh, compute what one computes: loss, gradients and five steps.
 
+    python -m tests.moe.expert_parallel_test      every dispatch, full and QLoRA, on every mesh: a table, some minutes
+
+The tests take half of these pairs, such that every mesh meets every dispatch, and both full training and QLoRA.
+"""
+
+import collections
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from moe_vlm_jax import collectives, hlo, sharding
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.models import adapters
 from moe_vlm_jax.training import optimizer as optimizer_lib
@@ -25,6 +36,20 @@ MESHES = {
     "data_expert_tensor": {"data": 2, "expert": 2, "tensor": 2},
     "fsdp": {"fsdp": 8},
 }
+
+
+DISPATCHES = ("capacity", "dropless", "dense")
+# (dispatch, whether adapters train beside an NF4 base): the meshes of the tests.
+PAIRS = {
+    ("capacity", False): ("data", "data_expert_tensor", "fsdp_expert"),
+    ("capacity", True): ("data_expert", "fsdp"),
+    ("dropless", False): ("data_expert", "fsdp"),
+    ("dropless", True): ("data", "fsdp_expert", "data_expert_tensor"),
+    ("dense", False): ("data_expert", "fsdp_expert"),
+    ("dense", True): ("data", "fsdp", "data_expert_tensor"),
+}
+ROWS, LENGTH = 8, 20
+TOLERANCE = 1e-5
 
 
 def run_config(dispatch: str, *, adapted: bool) -> config_lib.RunConfig:
@@ -49,13 +74,24 @@ def run_config(dispatch: str, *, adapted: bool) -> config_lib.RunConfig:
     return config
 
 
-def five_steps(config: config_lib.RunConfig, devices: list[jax.Device]) -> tuple[list[float], list[np.ndarray]]:
-    """Returns losses, gradient norms and drops of five steps, and the gradient of the first."""
+class Trained(NamedTuple):
+    """Attributes: figures: loss, gradient norm and drops of every step; gradient: of the first; text: the program."""
+
+    figures: list[float]
+    gradient: list[np.ndarray]
+    text: str
+
+
+def five_steps(config: config_lib.RunConfig, params: tuple[nnx.State, nnx.State], devices: list[jax.Device]) -> Trained:
+    """Trains five steps from these (trainable, frozen) parameters."""
     model = setup.make_model(config, devices)
-    trainable, frozen = setup.initial_params(model, config)
+    trainable, frozen = (
+        jax.tree.map(lambda x, there: jax.device_put(x, there.sharding), mine, abstract)
+        for mine, abstract in zip(params, (model.trainable, model.frozen), strict=True)
+    )
     optimizer = optimizer_lib.make_optimizer(config.optimizer, 10)
     state, abstract = setup.make_state(model, trainable, optimizer, seed=0)
-    batch = jax.device_get(examples.random_batch(config, rows=8, length=20, seed=0))
+    batch = jax.device_get(examples.random_batch(config, rows=ROWS, length=LENGTH, seed=0))
     batch = setup.to_devices(batch, model.mesh)
     compiled = setup.make_step(model, optimizer, config, abstract).lower(state, frozen, batch).compile()
     figures, gradient = [], []
@@ -64,43 +100,88 @@ def five_steps(config: config_lib.RunConfig, devices: list[jax.Device]) -> tuple
         figures += [float(metrics[name]) for name in ("train/loss", "train/grad_norm", "router/dropped/0")]
         if step == 0:  # Adam's first moment is a tenth of it
             gradient = [np.asarray(m) for m in jax.tree.leaves(optax.tree.get(state.opt_state, "mu"))]
-    return figures, gradient
+    return Trained(figures, gradient, compiled.as_text() or "")
 
 
-def differences(dispatch: str, *, adapted: bool, meshes: dict[str, dict[str, int]]) -> dict[str, object]:
-    """Returns the largest relative differences between one device and eight on each mesh."""
-    config = run_config(dispatch, adapted=adapted)
-    figures, gradient = five_steps(config, jax.devices()[:1])
-    scale = max(np.abs(leaf).max() for leaf in gradient)
-    found: dict[str, object] = {"losses": figures[::3], "dropped": figures[2::3]}
-    for name, axes in meshes.items():
-        spread = dataclasses.replace(config, mesh=config_lib.MeshConfig(**axes))
-        spread_figures, spread_gradient = five_steps(spread, jax.devices())
+def differences(config: config_lib.RunConfig, meshes: Iterable[str]) -> dict[str, Any]:
+    """Returns the largest relative differences between one device and eight on each mesh, and what is exchanged."""
+    one = jax.devices()[:1]
+    params = jax.device_get(setup.initial_params(setup.make_model(config, one), config))
+    alone = five_steps(config, params, one)
+    scale = max(np.abs(leaf).max() for leaf in alone.gradient)
+    found: dict[str, Any] = {"losses": alone.figures[::3], "dropped": alone.figures[2::3]}
+    for name in meshes:
+        spread = dataclasses.replace(config, mesh=config_lib.MeshConfig(**MESHES[name]))
+        several = five_steps(spread, params, jax.devices())
+        gradients = zip(several.gradient, alone.gradient, strict=True)
+        figures = zip(several.figures, alone.figures, strict=True)
         found[name] = {
-            "figures": max(abs(a - b) / max(abs(b), 1e-9) for a, b in zip(spread_figures, figures, strict=True)),
-            "gradient": float(max(np.abs(a - b).max() for a, b in zip(spread_gradient, gradient, strict=True)) / scale),
+            "figures": max(abs(a - b) / max(abs(b), 1e-9) for a, b in figures),
+            "gradient": float(max(np.abs(a - b).max() for a, b in gradients) / scale),
+            "exchanged": exchanged(several.text, {axis: MESHES[name].get(axis, 1) for axis in sharding.AXES}),
         }
     return found
 
 
+def exchanged(text: str, mesh: dict[str, int]) -> list[tuple[str, int, str]]:
+    """Returns (kind, how often, shape) of all that moves along 'expert', but for sums."""
+    found = [c for c in collectives.collectives(text) if "expert" in collectives.axes_of(c, mesh)]
+    return [(c.kind, c.count, c.shape) for c in found if c.kind != "all-reduce"]
+
+
 def on_eight_devices(call: str):
     """Returns what an expression gives in a process with eight fake devices, whose number is fixed when JAX starts."""
-    script = f"import json; from tests.moe import expert_parallel_test; print(json.dumps(expert_parallel_test.{call}))"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    script = f"import json; from tests.moe.expert_parallel_test import *; print(json.dumps({call}))"
+    # Compiling is nearly all of the time, and tiny programs need no good code.
+    xla = "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
+    xla += " --xla_backend_optimization_level=0"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla}
     root = pathlib.Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "qlora"])
-@pytest.mark.parametrize("dispatch", ["capacity", "dropless", "dense"])
-def test_every_mesh_trains_as_one_device(dispatch, adapted):
-    found = on_eight_devices(f"differences({dispatch!r}, adapted={adapted}, meshes=expert_parallel_test.MESHES)")
+def check(dispatch: str, found: dict[str, Any], meshes: Iterable[str]) -> None:
+    """Checks what `differences` returned."""
     losses, dropped = found.pop("losses"), found.pop("dropped")
     assert losses[-1] < losses[0]
     assert min(dropped) > 20 if dispatch == "capacity" else max(dropped) == 0
-    assert set(found) == set(MESHES)
+    assert set(found) == set(meshes)
     for mesh, difference in found.items():
-        assert max(difference.values()) < 1e-5, (mesh, difference)
+        assert max(difference["figures"], difference["gradient"]) < TOLERANCE, (mesh, difference)
+        exchanges = difference["exchanged"]
+        if MESHES[mesh].get("expert", 1) == 1:
+            assert not exchanges, mesh
+        elif dispatch == "capacity":
+            # To the experts and back, and their gradients; no weight and no token besides.
+            assert [(kind, count) for kind, count, _ in exchanges] == [("all-to-all", 1)] * 4, (mesh, exchanges)
+        else:
+            # Arrays of the tokens of an expert axis, gathered forward and summed back: no weight.
+            tokens = ROWS * LENGTH // MESHES[mesh].get("data", 1) // MESHES[mesh].get("fsdp", 1)
+            assert {kind for kind, _, _ in exchanges} <= {"all-gather", "reduce-scatter"}, (mesh, exchanges)
+            gathered = [shape for kind, _, shape in exchanges if kind == "all-gather"]
+            assert gathered and all(tokens in hlo.dims(shape) for shape in gathered), (mesh, exchanges)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dispatch", "adapted"), PAIRS)
+def test_every_mesh_trains_as_one_device(dispatch, adapted):
+    meshes = PAIRS[dispatch, adapted]
+    check(dispatch, on_eight_devices(f"differences(run_config({dispatch!r}, adapted={adapted}), {meshes})"), meshes)
+
+
+def test_the_pairs_cover_every_mesh_with_every_dispatch_and_with_both_ways_of_training():
+    taken = [(mesh, dispatch, adapted) for (dispatch, adapted), meshes in PAIRS.items() for mesh in meshes]
+    assert {(mesh, dispatch) for mesh, dispatch, _ in taken} == set(itertools.product(MESHES, DISPATCHES))
+    assert {(mesh, adapted) for mesh, _, adapted in taken} == set(itertools.product(MESHES, (False, True)))
+
+
+if __name__ == "__main__":
+    for dispatch, adapted in PAIRS:
+        found = on_eight_devices(f"differences(run_config({dispatch!r}, adapted={adapted}), {tuple(MESHES)})")
+        for mesh in MESHES:
+            figures = "  ".join(f"{name} {found[mesh][name]:.1e}" for name in ("figures", "gradient"))
+            kinds = collections.Counter(kind for kind, _, _ in found[mesh]["exchanged"])
+            print(f"{dispatch:9}{'QLoRA' if adapted else 'full':6} {mesh:19} {figures}  {dict(kinds)}", flush=True)
+        check(dispatch, found, MESHES)
