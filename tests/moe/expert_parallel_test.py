@@ -24,7 +24,7 @@ from flax import nnx
 
 from moe_vlm_jax import collectives, hlo, sharding
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax.models import adapters
+from moe_vlm_jax.models import adapters, vlm
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import setup, stages
 from tests.training import examples
@@ -49,7 +49,7 @@ PAIRS = {
     ("dense", True): ("data", "fsdp", "data_expert_tensor"),
 }
 ROWS, LENGTH = 8, 20
-TOLERANCE = 1e-5
+COMPARED, TOLERANCE = ("figures", "gradient", "params"), 1e-5
 
 
 def run_config(dispatch: str, *, adapted: bool) -> config_lib.RunConfig:
@@ -75,10 +75,18 @@ def run_config(dispatch: str, *, adapted: bool) -> config_lib.RunConfig:
 
 
 class Trained(NamedTuple):
-    """Attributes: figures: loss, gradient norm and drops of every step; gradient: of the first; text: the program."""
+    """What five steps gave.
+
+    Attributes:
+      figures: loss, gradient norm and drops of every step.
+      gradient: of the first step.
+      params: after the last.
+      text: the program.
+    """
 
     figures: list[float]
     gradient: list[np.ndarray]
+    params: list[np.ndarray]
     text: str
 
 
@@ -100,7 +108,8 @@ def five_steps(config: config_lib.RunConfig, params: tuple[nnx.State, nnx.State]
         figures += [float(metrics[name]) for name in ("train/loss", "train/grad_norm", "router/dropped/0")]
         if step == 0:  # Adam's first moment is a tenth of it
             gradient = [np.asarray(m) for m in jax.tree.leaves(optax.tree.get(state.opt_state, "mu"))]
-    return Trained(figures, gradient, compiled.as_text() or "")
+    after = [np.asarray(x) for x in jax.tree.leaves(state.trainable)]
+    return Trained(figures, gradient, after, compiled.as_text() or "")
 
 
 def differences(config: config_lib.RunConfig, meshes: Iterable[str]) -> dict[str, Any]:
@@ -108,19 +117,23 @@ def differences(config: config_lib.RunConfig, meshes: Iterable[str]) -> dict[str
     one = jax.devices()[:1]
     params = jax.device_get(setup.initial_params(setup.make_model(config, one), config))
     alone = five_steps(config, params, one)
-    scale = max(np.abs(leaf).max() for leaf in alone.gradient)
     found: dict[str, Any] = {"losses": alone.figures[::3], "dropped": alone.figures[2::3]}
     for name in meshes:
         spread = dataclasses.replace(config, mesh=config_lib.MeshConfig(**MESHES[name]))
         several = five_steps(spread, params, jax.devices())
-        gradients = zip(several.gradient, alone.gradient, strict=True)
         figures = zip(several.figures, alone.figures, strict=True)
         found[name] = {
             "figures": max(abs(a - b) / max(abs(b), 1e-9) for a, b in figures),
-            "gradient": float(max(np.abs(a - b).max() for a, b in gradients) / scale),
+            "gradient": _difference(several.gradient, alone.gradient),
+            "params": _difference(several.params, alone.params),
             "exchanged": exchanged(several.text, {axis: MESHES[name].get(axis, 1) for axis in sharding.AXES}),
         }
     return found
+
+
+def _difference(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    largest = max(np.abs(a - b).max() for a, b in zip(found, expected, strict=True))
+    return float(largest / max(np.abs(leaf).max() for leaf in expected))
 
 
 def exchanged(text: str, mesh: dict[str, int]) -> list[tuple[str, int, str]]:
@@ -129,9 +142,14 @@ def exchanged(text: str, mesh: dict[str, int]) -> list[tuple[str, int, str]]:
     return [(c.kind, c.count, c.shape) for c in found if c.kind != "all-reduce"]
 
 
-def on_eight_devices(call: str):
-    """Returns what an expression gives in a process with eight fake devices, whose number is fixed when JAX starts."""
-    script = f"import json; from tests.moe.expert_parallel_test import *; print(json.dumps({call}))"
+def on_eight_devices(call: str, module: str = "expert_parallel_test"):
+    """Returns what a call of a module's function gives in a process with eight fake devices: JAX fixes it at its start.
+
+    Args:
+      call: an expression of names of the module.
+      module: of this folder.
+    """
+    script = f"import json; from tests.moe.{module} import *; print(json.dumps({call}))"
     # Compiling is nearly all of the time, and tiny programs need no good code.
     xla = "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
     xla += " --xla_backend_optimization_level=0"
@@ -149,7 +167,7 @@ def check(dispatch: str, found: dict[str, Any], meshes: Iterable[str]) -> None:
     assert min(dropped) > 20 if dispatch == "capacity" else max(dropped) == 0
     assert set(found) == set(meshes)
     for mesh, difference in found.items():
-        assert max(difference["figures"], difference["gradient"]) < TOLERANCE, (mesh, difference)
+        assert max(difference[name] for name in COMPARED) < TOLERANCE, (mesh, difference)
         exchanges = difference["exchanged"]
         if MESHES[mesh].get("expert", 1) == 1:
             assert not exchanges, mesh
@@ -171,6 +189,29 @@ def test_every_mesh_trains_as_one_device(dispatch, adapted):
     check(dispatch, on_eight_devices(f"differences(run_config({dispatch!r}, adapted={adapted}), {meshes})"), meshes)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+def test_the_compilers_own_exchange_trains_alike(dispatch):
+    call = f"differences(by_the_compiler(run_config({dispatch!r}, adapted=False)), ['fsdp_expert'])"
+    found = on_eight_devices(call)["fsdp_expert"]
+    assert max(found[name] for name in COMPARED) < TOLERANCE
+    assert "all-to-all" not in {kind for kind, _, _ in found["exchanged"]}  # it is another program
+
+
+def by_the_compiler(config: config_lib.RunConfig) -> config_lib.RunConfig:
+    """Returns the config without shard_map."""
+    config.model.moe.expert_parallel = "gspmd"
+    return config
+
+
+def test_a_batch_wide_capacity_cannot_be_spread():
+    config = run_config("capacity", adapted=False)
+    config.model.moe.capacity_group = "batch"
+    mesh = jax.sharding.AbstractMesh((2, 1, 4, 1), sharding.AXES)
+    with pytest.raises(ValueError, match=r"capacity_group='batch' .* on 8 devices; use 'row', or .*='gspmd'"):
+        nnx.eval_shape(lambda: vlm.VLM(config.model, rngs=nnx.Rngs(0), mesh=mesh))
+
+
 def test_the_pairs_cover_every_mesh_with_every_dispatch_and_with_both_ways_of_training():
     taken = [(mesh, dispatch, adapted) for (dispatch, adapted), meshes in PAIRS.items() for mesh in meshes]
     assert {(mesh, dispatch) for mesh, dispatch, _ in taken} == set(itertools.product(MESHES, DISPATCHES))
@@ -181,7 +222,7 @@ if __name__ == "__main__":
     for dispatch, adapted in PAIRS:
         found = on_eight_devices(f"differences(run_config({dispatch!r}, adapted={adapted}), {tuple(MESHES)})")
         for mesh in MESHES:
-            figures = "  ".join(f"{name} {found[mesh][name]:.1e}" for name in ("figures", "gradient"))
+            figures = "  ".join(f"{name} {found[mesh][name]:.1e}" for name in COMPARED)
             kinds = collections.Counter(kind for kind, _, _ in found[mesh]["exchanged"])
             print(f"{dispatch:9}{'QLoRA' if adapted else 'full':6} {mesh:19} {figures}  {dict(kinds)}", flush=True)
         check(dispatch, found, MESHES)

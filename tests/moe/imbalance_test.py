@@ -1,6 +1,5 @@
 """A third stage whose routers send every token to the same two experts, on an expert-parallel mesh."""
 
-import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -22,7 +21,7 @@ STEPS = 3
 
 
 def run(dispatch: str, folder: str) -> dict[str, Any]:
-    """Trains on eight devices and returns the log, the valid tokens of the first batch's rows, and what was compiled."""
+    """Trains on eight devices and returns the log, the valid tokens of the first rows, and what was compiled."""
     trainable, frozen = stages.MOE_ONLY
     config = examples.run_config(
         pathlib.Path(folder) / "cache",
@@ -35,14 +34,9 @@ def run(dispatch: str, folder: str) -> dict[str, Any]:
         loss_chunk=0,
     )
     config.model.decoder.num_layers = 4
-    config.model.moe = dataclasses.replace(
-        config.model.moe,
-        placement="sparse",
-        num_experts=(NUM_EXPERTS,),
-        top_k=TOP_K,
-        dispatch=dispatch,
-        capacity_factor=FACTOR,
-        capacity_group="row",
+    slots = {"capacity_factor": FACTOR, "capacity_group": "row"} if dispatch == "capacity" else {}
+    config.model.moe = config_lib.MoEConfig(
+        placement="sparse", num_experts=(NUM_EXPERTS,), top_k=TOP_K, dispatch=dispatch, **slots
     )
     config.mesh = config_lib.MeshConfig(data=2, expert=4)
     compiled = []
@@ -67,8 +61,8 @@ def run(dispatch: str, folder: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_capacity_counts_what_it_drops_by_layer_and_dropless_drops_nothing(tmp_path):
-    calls = (f"imbalance_test.run({dispatch!r}, {str(tmp_path)!r})" for dispatch in ("capacity", "dropless"))
-    capacity, dropless = expert_parallel_test.on_eight_devices(f"[{', '.join(calls)}]", imports="imbalance_test")
+    calls = (f"run({dispatch!r}, {str(tmp_path)!r})" for dispatch in ("capacity", "dropless"))
+    capacity, dropless = expert_parallel_test.on_eight_devices(f"[{', '.join(calls)}]", module="imbalance_test")
     # A router of zeros ties, ties go to the first experts, and each has room for a row's tokens * k / E.
     slots = -(-capacity["row_length"] * TOP_K // NUM_EXPERTS)
     expected = TOP_K * sum(max(0, valid - slots) for valid in capacity["valid"])
@@ -81,6 +75,6 @@ def test_capacity_counts_what_it_drops_by_layer_and_dropless_drops_nothing(tmp_p
         assert found["devices"] == 8 and found["compiled"] == 1
         assert [line["step"] for line in found["log"]] == list(range(1, STEPS + 1))
         assert all(np.isfinite(line["train/loss"]) for line in found["log"])
-        assert found["log"][0]["router/load/0"] == [1.0, 0.0, 0.0, 0.0]
+        assert [found["log"][0][f"router/load/1/{expert}"] for expert in range(NUM_EXPERTS)] == [1, 0, 0, 0]
     assert all(line[f"router/dropped/{layer}"] == 0 for line in dropless["log"] for layer in range(2))
     assert all(line[f"router/dropped/{layer}"] > 0 for line in capacity["log"] for layer in range(2))
