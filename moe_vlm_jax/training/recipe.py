@@ -61,9 +61,8 @@ def tiny_pretraining() -> config_lib.RunConfig:
     config.data.eval_split = ""
     config.evaluation = config_lib.EvaluationConfig()
     config.model.moe = config_lib.MoEConfig(placement="none")
-    config.training.seed = (
-        1  # with stage I's seed, the projector that it draws would be the one that this run began with
-    )
+    # With stage I's seed, the projector that stage I draws would be the one that this run began with.
+    config.training.seed = 1
     return config
 
 

@@ -52,7 +52,7 @@ ROWS, LENGTH = 8, 20
 COMPARED, TOLERANCE = ("figures", "gradient", "params"), 1e-5
 
 
-def run_config(dispatch: str, *, adapted: bool) -> config_lib.RunConfig:
+def run_config(dispatch: str, adapted: bool) -> config_lib.RunConfig:
     """Returns a run of one layer of eight experts, whose sizes every mesh divides, with many drops where drops are."""
     config = examples.run_config(batch_size=8, accumulation=1, loss_chunk=4)
     # Adam divides by the gradient's size: where that is nothing but rounding, so would be the update.
@@ -162,11 +162,11 @@ def on_eight_devices(call: str, module: str = "expert_parallel_test"):
 
 def check(dispatch: str, found: dict[str, Any], meshes: Iterable[str]) -> None:
     """Checks what `differences` returned."""
-    losses, dropped = found.pop("losses"), found.pop("dropped")
+    losses, dropped = found["losses"], found["dropped"]
     assert losses[-1] < losses[0]
     assert min(dropped) > 20 if dispatch == "capacity" else max(dropped) == 0
-    assert set(found) == set(meshes)
-    for mesh, difference in found.items():
+    for mesh in meshes:
+        difference = found[mesh]
         assert max(difference[name] for name in COMPARED) < TOLERANCE, (mesh, difference)
         exchanges = difference["exchanged"]
         if MESHES[mesh].get("expert", 1) == 1:
@@ -182,30 +182,34 @@ def check(dispatch: str, found: dict[str, Any], meshes: Iterable[str]) -> None:
             assert gathered and all(tokens in hlo.dims(shape) for shape in gathered), (mesh, exchanges)
 
 
+def all_differences() -> list[dict[str, Any]]:
+    """Returns the differences of all PAIRS, and of the compiler's own exchange: in one process, which starts once."""
+    found = [differences(run_config(*pair), meshes) for pair, meshes in PAIRS.items()]
+    by_the_compiler = run_config("capacity", False)
+    by_the_compiler.model.moe.expert_parallel = "gspmd"
+    return [*found, differences(by_the_compiler, ("fsdp_expert",))]
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict[str, Any]]:
+    return on_eight_devices("all_differences()")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("dispatch", "adapted"), PAIRS)
-def test_every_mesh_trains_as_one_device(dispatch, adapted):
-    meshes = PAIRS[dispatch, adapted]
-    check(dispatch, on_eight_devices(f"differences(run_config({dispatch!r}, adapted={adapted}), {meshes})"), meshes)
+def test_every_mesh_trains_as_one_device(found, dispatch, adapted):
+    check(dispatch, found[list(PAIRS).index((dispatch, adapted))], PAIRS[dispatch, adapted])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
-def test_the_compilers_own_exchange_trains_alike(dispatch):
-    call = f"differences(by_the_compiler(run_config({dispatch!r}, adapted=False)), ['fsdp_expert'])"
-    found = on_eight_devices(call)["fsdp_expert"]
-    assert max(found[name] for name in COMPARED) < TOLERANCE
-    assert "all-to-all" not in {kind for kind, _, _ in found["exchanged"]}  # it is another program
-
-
-def by_the_compiler(config: config_lib.RunConfig) -> config_lib.RunConfig:
-    """Returns the config without shard_map."""
-    config.model.moe.expert_parallel = "gspmd"
-    return config
+def test_the_compilers_own_exchange_trains_alike(found):
+    compilers = found[-1]["fsdp_expert"]
+    assert max(compilers[name] for name in COMPARED) < TOLERANCE
+    assert "all-to-all" not in {kind for kind, _, _ in compilers["exchanged"]}  # it is another program
 
 
 def test_a_batch_wide_capacity_cannot_be_spread():
-    config = run_config("capacity", adapted=False)
+    config = run_config("capacity", False)
     config.model.moe.capacity_group = "batch"
     mesh = jax.sharding.AbstractMesh((2, 1, 4, 1), sharding.AXES)
     with pytest.raises(ValueError, match=r"capacity_group='batch' .* on 8 devices; use 'row', or .*='gspmd'"):
@@ -220,7 +224,7 @@ def test_the_pairs_cover_every_mesh_with_every_dispatch_and_with_both_ways_of_tr
 
 if __name__ == "__main__":
     for dispatch, adapted in PAIRS:
-        found = on_eight_devices(f"differences(run_config({dispatch!r}, adapted={adapted}), {tuple(MESHES)})")
+        found = on_eight_devices(f"differences(run_config({dispatch!r}, {adapted}), {tuple(MESHES)})")
         for mesh in MESHES:
             figures = "  ".join(f"{name} {found[mesh][name]:.1e}" for name in COMPARED)
             kinds = collections.Counter(kind for kind, _, _ in found[mesh]["exchanged"])
