@@ -1,4 +1,4 @@
-"""A process and its cluster, without one: finding it, what a process alone gets, and what is said when others differ."""
+"""A process and its cluster, without one: finding it, what it gets alone, and what is said when others differ."""
 
 import pathlib
 import re
@@ -295,7 +295,7 @@ def test_all_processes_stop_at_the_step_where_they_next_meet(monkeypatch):
     monkeypatch.setattr(multihost_utils, "process_allgather", allgather)
     clock, answers = [100.0], []
     agree = loop._Agreement(10)
-    for step in range(11, 20):  # noqa: B007, allgather reads it
+    for step in range(11, 20):
         clock[0] += 0.25
         answers.append(agree(step, False, False))
     assert met == [11, 15, 19]  # two seconds of the slower process' steps of half a second
