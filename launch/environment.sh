@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Functions that local.sh and test.sh source: finding Python, choosing the jax extra, filling a virtual environment.
+# Functions that the other scripts source: finding Python, choosing the jax extra, filling a virtual environment.
 # DRY_RUN=1 prints the commands that would change something instead of running them.
 
 say() { printf '%s\n' "$*"; }
+
+# usage SCRIPT: prints the comment at its head.
+usage() { sed -n '1d; /^#SBATCH/q; /^#/!q; s/^# \{0,1\}//p' "$1"; }
 
 run() {
   if [[ "${DRY_RUN:-0}" == 1 ]]; then

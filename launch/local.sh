@@ -17,7 +17,7 @@ for argument in "$@"; do
   case "$argument" in
     --dry-run) DRY_RUN=1 ;;
     -h | --help)
-      sed -n '2,9p' launch/local.sh | cut -c3-
+      usage launch/local.sh
       exit 0
       ;;
     *) arguments+=("$argument") ;;

@@ -26,7 +26,7 @@ while (($#)); do
       break
       ;;
     -h | --help)
-      sed -n '2,10p' launch/test.sh | cut -c3-
+      usage launch/test.sh
       exit 0
       ;;
     *)

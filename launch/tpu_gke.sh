@@ -16,7 +16,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
 
-usage() { sed -n '2,14p' launch/tpu_gke.sh | cut -c3-; }
 fail() {
   say "error: $*" >&2
   exit 2
@@ -34,7 +33,7 @@ while (($#)); do
       ;;
     --dry-run) DRY_RUN=1 ;;
     -h | --help)
-      usage
+      usage launch/tpu_gke.sh
       exit 0
       ;;
     --)

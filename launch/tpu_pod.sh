@@ -17,7 +17,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
 
-usage() { sed -n '2,14p' launch/tpu_pod.sh | cut -c3-; }
 fail() {
   say "error: $*" >&2
   exit 2
@@ -35,7 +34,7 @@ while (($#)); do
     --spot) spot=1 ;;
     --dry-run) DRY_RUN=1 ;;
     -h | --help)
-      usage
+      usage launch/tpu_pod.sh
       exit 0
       ;;
     --)

@@ -12,11 +12,14 @@ call them, in the same order. Alone, they return at once.
 """
 
 import dataclasses
+import functools
 import glob
 import importlib.util
 import json
 import logging as std_logging
 import os
+import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +41,7 @@ _WORKERS_URL = "http://metadata.google.internal/computeMetadata/v1/instance/attr
 # How long a process that ends waits for the others to end too. A process that fails ends alone: the others, which wait
 # for it in some collective, are ended after this time.
 _SHUTDOWN_SECONDS = 30
+VISIBLE_SECONDS = 60.0  # after which a network file system shows a new file everywhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +90,12 @@ def join() -> None:
     # Its handler of SIGTERM would take the place of the training loop's, which saves.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    explicit = cluster.kind == "explicit"
     jax.distributed.initialize(
         coordinator_address=cluster.coordinator_address,
-        num_processes=cluster.num_processes if explicit else None,
+        num_processes=cluster.num_processes if cluster.kind == "explicit" else None,
         process_id=cluster.process_id,
-        cluster_detection_method="deactivate" if explicit else None,
+        # Of a TPU's there are several, and jax knows which; others that it might find first are not meant.
+        cluster_detection_method={"explicit": "deactivate", "slurm": "slurm"}.get(cluster.kind),
         initialization_timeout=int(timeout),
         shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
@@ -156,6 +160,18 @@ def from_leader(value: Any) -> Any:
     return gather(value)[0]
 
 
+def blind_to(path: pathlib.Path) -> list[int]:
+    """Returns the processes that do not see a path which process 0 has made; waits VISIBLE_SECONDS for them.
+
+    A network file system remembers for a while that a path was not there.
+    """
+    barrier(f"{path} is made")
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not (seen := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return [i for i, sees in enumerate(gather(seen)) if not sees]
+
+
 def check_same(values: Mapping[str, Any], *, remedy: str) -> None:
     """Raises ValueError when a process has other values than process 0; else they would wait for each other forever.
 
@@ -198,11 +214,10 @@ def to_host(array: jax.Array) -> np.ndarray:
     """
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
-    place_everywhere = jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())  # type: ignore
+    everywhere = jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())  # type: ignore
     if array.ndim < 3:
-        return np.asarray(jax.jit(lambda x: x, out_shardings=place_everywhere)(array))
-    entry = jax.jit(lambda x, i: x[i], out_shardings=place_everywhere)
-    return np.stack([np.asarray(entry(array, np.int32(i))) for i in range(array.shape[0])])
+        return np.asarray(_whole(everywhere)(array))
+    return np.stack([np.asarray(_entry(everywhere)(array, np.int32(i))) for i in range(array.shape[0])])
 
 
 def to_leader(arrays: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -218,6 +233,17 @@ def to_leader(arrays: Mapping[str, Any]) -> dict[str, Any] | None:
         if jax.process_index() == 0:
             found[name] = whole
     return found if jax.process_index() == 0 else None
+
+
+# One function for each mesh, so that arrays of equal shape share a program.
+@functools.lru_cache(maxsize=4)
+def _whole(place: jax.sharding.Sharding) -> Callable[..., jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=place)
+
+
+@functools.lru_cache(maxsize=4)
+def _entry(place: jax.sharding.Sharding) -> Callable[..., jax.Array]:
+    return jax.jit(lambda x, i: x[i], out_shardings=place)
 
 
 def _explicit(settings: Mapping[str, str | None]) -> Cluster:
@@ -276,7 +302,10 @@ def _tpu_workers() -> list[str]:
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
             return answer.read().decode().split(",")
-    except (urllib.error.URLError, TimeoutError):  # not one of Google's machines, or a TPU without a slice
+    except urllib.error.HTTPError:  # a TPU without a slice
+        return []
+    except (urllib.error.URLError, TimeoutError) as error:
+        logging.warning("this machine has a TPU but no metadata server answers (%s); this process runs alone", error)
         return []
 
 

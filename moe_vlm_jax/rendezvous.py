@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 
 _RETRY_SECONDS = 0.2
+_LINE_SECONDS = 10.0  # that somebody who has connected may take to say its line; the others wait meanwhile
 
 
 def roll_call(address: str, *, num_processes: int, process_id: int, timeout: float) -> None:
@@ -46,20 +47,21 @@ def _call(address: str, num_processes: int, timeout: float, deadline: float) -> 
             server.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 connection = stack.enter_context(server.accept()[0])
-                connection.settimeout(max(0.01, min(10.0, deadline - time.monotonic())))
+            except TimeoutError:
+                missing = ", ".join(str(i) for i in range(1, num_processes) if i not in present)
+                mistake = (
+                    f"num_processes={num_processes}, but of these the processes {missing} did not come within "
+                    f"{timeout:.0f} s; start them with the coordinator address {address}, look at their logs, or "
+                    "raise --initialization_timeout."
+                )
+                continue
+            try:
+                connection.settimeout(max(0.01, min(_LINE_SECONDS, deadline - time.monotonic())))
                 said = _receive(connection)
                 other, count = int(said["process_id"]), int(said["num_processes"])
-            except TimeoutError:
-                if time.monotonic() >= deadline:
-                    missing = ", ".join(str(i) for i in range(1, num_processes) if i not in present)
-                    mistake = (
-                        f"num_processes={num_processes}, but of these the processes {missing} did not come within "
-                        f"{timeout:.0f} s; start them with the coordinator address {address}, look at their logs, or "
-                        "raise --initialization_timeout."
-                    )
-                continue
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # somebody else's connection, a port scan for instance
+                connection.close()  # somebody else's, a port scan for instance
+                continue
             mistake = _compare(other, count, present, num_processes)
             present.setdefault(other, connection)
             if mistake and present[other] is not connection:

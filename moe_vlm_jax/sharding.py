@@ -231,21 +231,19 @@ def process_rows(mesh: jax.sharding.Mesh, batch_size: int, process_index: int) -
     (4, 5, 6, 7)
 
     Raises:
-      ValueError: the mesh spans several processes and does not divide the rows.
+      ValueError: the mesh does not divide the rows; every device would compute all of them.
     """
     parts = num_row_devices(mesh)
-    processes = {device.process_index for device in mesh.devices.flat}
-    if batch_size % parts == 0:
-        owners = mesh.devices.reshape(parts, -1)
-        held = [i for i in range(parts) if any(device.process_index == process_index for device in owners[i])]
-        share = batch_size // parts
-        return tuple(part * share + i for part in held for i in range(share))
-    if len(processes) > 1:
+    if batch_size % parts:
         raise ValueError(
-            f"training.batch_size={batch_size} rows cannot be spread over the {parts} devices along data, fsdp and "
-            f"expert, which belong to {len(processes)} processes; use a multiple of {parts}, or a larger mesh.tensor."
+            f"training.batch_size={batch_size} is not divisible by the {parts} devices along data, fsdp and expert, "
+            f"which share its rows; use a multiple of {parts} (with training.accumulation lower in proportion, the "
+            "step stays the same), or a larger mesh.tensor."
         )
-    return tuple(range(batch_size))
+    owners = mesh.devices.reshape(parts, -1)
+    held = [i for i in range(parts) if any(device.process_index == process_index for device in owners[i])]
+    share = batch_size // parts
+    return tuple(part * share + i for part in held for i in range(share))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

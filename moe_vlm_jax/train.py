@@ -86,6 +86,7 @@ def train_chain(config: config_lib.Chain, workdir: pathlib.Path) -> None:
     """Runs all runs of a chain, or what is left of them, each in <workdir>/<name>, and prints them side by side."""
     runs = {name: chain.placed(run, workdir) for name, run in chain.runs(config).items()}
     with command_line.user_errors():
+        checkpoint.check_processes(workdir, config)
         for name, run_config in runs.items():  # what is wrong with the last run is said before the first one trains
             try:
                 _check_run(run_config, workdir / name, made_here=chain.parent(getattr(config, name)) is not None)
@@ -100,7 +101,8 @@ def train_chain(config: config_lib.Chain, workdir: pathlib.Path) -> None:
             run.iterator.close()
             if chain.leaves_checkpoint(run_config):
                 params = nnx.merge_state(state.trainable, run.frozen)
-                export.write_model(chain.model_folder(workdir, name), params, run.config)
+                with command_line.user_errors():
+                    export.write_model(chain.model_folder(workdir, name), params, run.config)
             if jax.process_index() == 0:
                 export.write_summary(folder, name, state.trainable, run.num_steps)
             distributed.barrier(f"{name} is finished")
@@ -112,7 +114,7 @@ def train_chain(config: config_lib.Chain, workdir: pathlib.Path) -> None:
 def _check_run(config: config_lib.RunConfig, workdir: pathlib.Path, *, made_here: bool) -> None:
     """Raises ValueError for what can be known to be wrong with a run before its base exists."""
     checkpoint.check_workdir(workdir, config)
-    setup.make_model(config)
+    setup.make_host(config.training.batch_size, setup.make_model(config).mesh)
     if chain.leaves_checkpoint(config):
         export.check(config)
     if config.training.base and not made_here and not base.is_saved(config.training.base):

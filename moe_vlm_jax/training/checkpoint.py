@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import re
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -30,7 +29,6 @@ from moe_vlm_jax.training import state as state_lib
 # Fields that may change between two starts of one run: they decide where and how it computes, not what.
 FREE_FIELDS = ("data.num_workers", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor")
 BEST_METRIC = "exact_match"
-SHARED_SECONDS = 60.0  # after which a network file system shows a new file everywhere
 
 
 class Restored(NamedTuple):
@@ -216,13 +214,13 @@ def claim_workdir(workdir: str | os.PathLike, config: config_lib.RunConfig) -> N
         _check_shared(path.parent)
 
 
-def check_processes(workdir: str | os.PathLike, config: config_lib.RunConfig) -> None:
-    """Checks that all processes of a run were started alike.
+def check_processes(workdir: str | os.PathLike, config: config_lib.RunConfig | config_lib.Chain) -> None:
+    """Checks that all processes of a run, or of a chain of runs, were started alike.
 
     Raises:
       ValueError: another config, or another workdir, on some process.
     """
-    fields = {name: value for name, value in _fields(config).items() if name != "data.num_workers"}
+    fields = {name: value for name, value in _fields(config).items() if not name.endswith("data.num_workers")}
     distributed.check_same(
         fields | {"workdir": str(workdir)}, remedy="start all processes with the same command and the same config file"
     )
@@ -274,18 +272,15 @@ def _sums(array: jax.Array) -> jax.Array:
 def _check_shared(workdir: pathlib.Path) -> None:
     """Raises ValueError when some process does not see what process 0 writes into the workdir."""
     word = distributed.from_leader(os.urandom(8).hex())
-    path = workdir / ".shared"
+    path = workdir / f".shared-{word}"
     if jax.process_index() == 0:
-        path.write_text(word, encoding="utf-8")
-    deadline = time.monotonic() + SHARED_SECONDS
-    while not (seen := path.is_file() and path.read_text(encoding="utf-8") == word) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    blind = [str(i) for i, sees in enumerate(distributed.gather(seen)) if not sees]
+        path.touch()
+    blind = distributed.blind_to(path)
     if jax.process_index() == 0:
         path.unlink()
     if blind:
         raise ValueError(
-            f"workdir {str(workdir)!r} is not the same folder on all processes: {', '.join(blind)} of "
+            f"workdir {str(workdir)!r} is not the same folder on all processes: {', '.join(map(str, blind))} of "
             f"{jax.process_count()} do not see what process 0 wrote; all processes write checkpoints together; "
             "use a folder on a file system that they share."
         )
@@ -295,6 +290,6 @@ def _score(metrics: Mapping[str, float]) -> float:
     return metrics[BEST_METRIC]
 
 
-def _fields(config: config_lib.RunConfig) -> dict[str, Any]:
+def _fields(config: config_lib.RunConfig | config_lib.Chain) -> dict[str, Any]:
     """Returns the fields as they look after a trip through JSON, where tuples are lists."""
     return json.loads(json.dumps(validation.flatten(config)))

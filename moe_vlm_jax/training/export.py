@@ -38,19 +38,30 @@ def check(config: config_lib.RunConfig) -> None:
 def write_model(folder: pathlib.Path, params: nnx.State, config: config_lib.RunConfig) -> None:
     """Writes a run's result; the folder appears under its name when everything is in it.
 
-    A folder that is already there is left as it is: it is whole. All processes call this together; process 0 writes.
+    A folder that is already there is left as it is: it is whole. All processes call this together; process 0 writes,
+    and all see the folder when this returns.
 
     Args:
       folder: to write.
       params: all parameters, on the devices.
       config: of the run; its base's other fields and small files, and the tokenizer's files, go along.
+
+    Raises:
+      ValueError: other processes do not see the folder.
     """
-    if distributed.from_leader(folder.is_dir()):
-        return
-    leaves = {path: variable.get_value() for path, variable in tree.leaves(params).items()}
-    whole = distributed.to_leader(leaves)
-    if whole is None:
-        return
+    if not distributed.from_leader(folder.is_dir()):
+        leaves = {path: variable.get_value() for path, variable in tree.leaves(params).items()}
+        whole = distributed.to_leader(leaves)
+        if whole is not None:
+            _write(folder, whole, config)
+    if blind := distributed.blind_to(folder):
+        raise ValueError(
+            f"{str(folder)!r}, which process 0 wrote, is not seen by the processes {', '.join(map(str, blind))}; the "
+            "next run of the chain reads it on all of them; use a workdir on a file system that they share."
+        )
+
+
+def _write(folder: pathlib.Path, whole: Mapping[str, Any], config: config_lib.RunConfig) -> None:
     training, info = config.training, None
     if training.base and not base.is_saved(training.base):
         info = configs.read(training.base, vision=training.base_vision or None)

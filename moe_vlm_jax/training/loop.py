@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from moe_vlm_jax import distributed
 from moe_vlm_jax.training import metrics as metrics_lib
 from moe_vlm_jax.training import setup as setup_lib
 from moe_vlm_jax.training import state as state_lib
@@ -101,6 +102,7 @@ def fit(run: setup_lib.Run, state: state_lib.TrainState, *, evaluate: Evaluate |
                 last_save = time.monotonic()
             if stop:
                 run.checkpoints.wait()
+                distributed.barrier("the state is saved")  # a launcher may end the others as soon as one has ended
                 logging.info("stopped by SIGTERM after step %d; the same command goes on from there.", step)
                 raise Interrupted(step)
             if step < run.num_steps:

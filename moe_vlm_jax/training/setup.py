@@ -204,9 +204,11 @@ def make_step(
 def start(run: Run, state: state_lib.TrainState) -> state_lib.TrainState:
     """Returns the latest checkpoint's state and sets the data to its position, or `state` when there is none."""
     run.iterator.start()
-    if run.checkpoints.latest_step() is None:
+    # Process 0 says which: another one may not see the newest folder of a network file system yet.
+    step = distributed.from_leader(run.checkpoints.latest_step())
+    if step is None:
         return state
-    restored = run.checkpoints.restore(run.abstract_state)
+    restored = run.checkpoints.restore(run.abstract_state, step)
     run.iterator.set_state(restored.data)
     return restored.state
 
@@ -275,7 +277,7 @@ def make_host(batch_size: int, mesh: jax.sharding.Mesh) -> host_lib.Host:
       mesh: whose devices hold them.
 
     Raises:
-      ValueError: the rows cannot be spread over several processes.
+      ValueError: the mesh does not divide the rows.
     """
     rows = sharding.process_rows(mesh, batch_size, jax.process_index())
     return host_lib.Host(rows, jax.process_index(), jax.process_count(), distributed.gather)

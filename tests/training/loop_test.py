@@ -49,6 +49,7 @@ class StandIn:
         self.events.append(f"dispatch {step}")
         loss = jnp.float32(self.loss(step))
         figures = {"train/loss": loss, "train/grad_norm": loss, "train/learning_rate": loss}
+        figures["train/tokens"] = jnp.float32(6)
         return state._replace(step=state.step + 1), _Noted(figures | {"train/finite": jnp.isfinite(loss)}, step, self)
 
     def flops(self, batch):
