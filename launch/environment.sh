@@ -7,9 +7,19 @@ say() { printf '%s\n' "$*"; }
 # usage SCRIPT: prints the comment at its head.
 usage() { sed -n '1d; /^#SBATCH/q; /^#/!q; s/^# \{0,1\}//p' "$1"; }
 
+# Prints a command as a shell would have to be given it.
+shown() {
+  local word line=''
+  for word in "$@"; do
+    [[ "$word" =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q}
+    line+=" $word"
+  done
+  say "${line# }"
+}
+
 run() {
   if [[ "${DRY_RUN:-0}" == 1 ]]; then
-    say "would run: $*"
+    say "would run: $(shown "$@")"
   else
     "$@"
   fi

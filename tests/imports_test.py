@@ -141,6 +141,14 @@ def test_one_module_imports_transformers():
     assert owners == ["moe_vlm_jax/data/fast_tokenizers.py"], "make tokenizers there: its import is quiet and late"
 
 
+def test_only_training_joins_a_cluster():
+    """A cluster's variables stay in the environment of a shell in which somebody asks a question or merges."""
+    joins = re.compile(r"\bdistributed\.(join|initialize)\(")
+    found = {str(module): joins.findall((ROOT / module).read_text()) for module in MODULES}
+    joining = {module: calls for module, calls in found.items() if calls}
+    assert joining == {"moe_vlm_jax/distributed.py": ["initialize"], "moe_vlm_jax/train.py": ["join"]}
+
+
 def test_no_file_of_the_package_is_longer_than_400_lines():
     long = {str(module): lines for module in MODULES if (lines := len((ROOT / module).read_text().splitlines())) > 400}
     assert not long, "split them"

@@ -82,7 +82,7 @@ def test_local_runs_the_main_job_or_the_given_one():
     (*_, command) = would_run(launch("local.sh", "--dry-run", environment={"VENV": "v"}))
     assert command == "v/bin/python -m moe_vlm_jax.train --config configs/sft.py"
     (*_, command) = would_run(launch("local.sh", "--dry-run", *AWKWARD, environment={"VENV": "v"}))
-    assert command == f"v/bin/python -m moe_vlm_jax.train {' '.join(AWKWARD)}"
+    assert bash_words(command) == ["v/bin/python", "-m", "moe_vlm_jax.train", *AWKWARD]  # it can be copied
 
 
 POD = ["--name", "pod", "--zone", "z-1"]
@@ -112,7 +112,7 @@ def test_a_pod_trains_with_one_command_on_all_its_workers():
         assert command.startswith("gcloud compute tpus tpu-vm ssh pod --zone z-1 --worker all --command ")
     assert "pod:moe_vlm_jax.tar.gz --zone z-1 --worker all" in copy
     assert "sudo mount -t nfs 10.0.0.2:/share moe_vlm_jax/shared" in prepare
-    assert train.endswith("--command cd moe_vlm_jax && bash launch/local.sh --x")
+    assert bash_words(train)[-2:] == ["--command", "cd moe_vlm_jax && bash launch/local.sh --x"]
 
 
 def gcloud(state: str = "ACTIVE", failing: str = "never") -> str:
