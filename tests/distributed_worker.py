@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from flax import nnx
 
 from moe_vlm_jax import chain, distributed, train, tree
@@ -56,7 +56,7 @@ def run_config(folder: pathlib.Path, **mesh: int) -> config_lib.RunConfig:
     config.model.decoder.rotary_dim = config.model.decoder.head_dim  # Qwen2's, which has a checkpoint layout
     config.data.num_images = 20
     config.generation = config_lib.GenerationConfig(max_new_tokens=2)
-    config.evaluation = config_lib.EvaluationConfig(max_questions=6, batch_size=4, controls=False, page_samples=2)
+    config.evaluation = config_lib.EvaluationConfig(max_questions=4, batch_size=4, controls=False, page_samples=2)
     config.mesh = config_lib.MeshConfig(**mesh)
     return config
 
