@@ -20,8 +20,8 @@ import numpy as np
 from absl import flags, logging
 from flax import nnx
 
+from moe_vlm_jax import chain, distributed, train, tree
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import distributed, train, tree
 from moe_vlm_jax.hf import load, writers
 from moe_vlm_jax.training import checkpoint, loop, setup
 from moe_vlm_jax.training import state as state_lib
@@ -29,6 +29,13 @@ from tests.training import examples
 
 STEPS, MIDDLE = 4, 2  # of every run; where the checkpoint is that other parts go on from
 WAIT_SECONDS = 200
+
+
+@dataclasses.dataclass(kw_only=True)
+class Only(config_lib.Chain):
+    """A chain of one run."""
+
+    only: config_lib.RunConfig
 
 
 def run_config(folder: pathlib.Path, **mesh: int) -> config_lib.RunConfig:
@@ -49,7 +56,7 @@ def run_config(folder: pathlib.Path, **mesh: int) -> config_lib.RunConfig:
     config.model.decoder.rotary_dim = config.model.decoder.head_dim  # Qwen2's, which has a checkpoint layout
     config.data.num_images = 20
     config.generation = config_lib.GenerationConfig(max_new_tokens=2)
-    config.evaluation = config_lib.EvaluationConfig(max_questions=6, batch_size=4, controls=False, page_samples=2)
+    config.evaluation = config_lib.EvaluationConfig(max_questions=4, batch_size=4, controls=False, page_samples=2)
     config.mesh = config_lib.MeshConfig(**mesh)
     return config
 
@@ -85,11 +92,12 @@ def two(folder: pathlib.Path) -> None:
 
 
 def four(folder: pathlib.Path) -> None:
-    """Four processes, 'fsdp' and 'expert' between them; what they hold goes into a checkpoint in HF layout and back."""
+    """Four processes, 'fsdp' and 'expert' between them; what they hold goes into checkpoints in HF layout and back."""
     config = run_config(folder, fsdp=2, expert=2)
     config.data.eval_split, config.evaluation = "", config_lib.EvaluationConfig()
     config.generation = config_lib.GenerationConfig()
-    run, state = train.train(config, folder / "four")
+    chain_workdir = folder / "four"
+    run, state = train.train(config, chain_workdir / "only")
     _go_on(run, state, folder / "two" / "checkpoints", folder / "four_from_two")
 
     params = nnx.merge_state(state.trainable, run.frozen)
@@ -102,6 +110,9 @@ def four(folder: pathlib.Path) -> None:
     distributed.barrier("the model is written")
     abstract = nnx.merge_state(run.model.trainable, run.model.frozen)
     loaded = load.load_into(abstract, folder / "model", run.model.config).state
+    run.checkpoints.close()
+    train.train_chain(Only(only=config), chain_workdir)  # goes on where the run is, at its end
+    handed_on = load.load_into(abstract, chain.model_folder(chain_workdir, "only"), run.model.config).state
     found = {
         "processes": jax.process_count(),
         "spread": len(spread),
@@ -109,6 +120,7 @@ def four(folder: pathlib.Path) -> None:
         "leaves": len(leaves),
         "written": checkpoint.fingerprint(params),
         "loaded": checkpoint.fingerprint(loaded),
+        "handed on": checkpoint.fingerprint(handed_on),
         "numpy": _fingerprint_of_numpy(whole) if whole is not None else "",
     }
     _write(folder / "four.json", found)
