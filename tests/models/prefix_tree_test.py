@@ -55,8 +55,8 @@ class Probed(vlm.VLM):
         super().__init__(config, rngs=rngs)
         self.probe = nnx.Param(jnp.zeros((ROWS["num_rows"], ROWS["row_length"], config.decoder.embed_dim)))
 
-    def embed(self, batch: Batch, *, key: jax.Array | None = None) -> jax.Array:
-        return super().embed(batch, key=key) + self.probe[...]
+    def embed(self, batch: Batch, *, own_images: bool = False, key: jax.Array | None = None) -> jax.Array:
+        return super().embed(batch, own_images=own_images, key=key) + self.probe[...]
 
 
 def make_examples() -> list[Example]:
