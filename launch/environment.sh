@@ -4,6 +4,12 @@
 
 say() { printf '%s\n' "$*"; }
 
+# fail MESSAGE: ends the script; what was given to it is wrong.
+fail() {
+  say "error: $*" >&2
+  exit 2
+}
+
 # usage SCRIPT: prints the comment at its head.
 usage() { sed -n '1d; /^#SBATCH/q; /^#/!q; s/^# \{0,1\}//p' "$1"; }
 

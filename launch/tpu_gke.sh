@@ -16,10 +16,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
 
-fail() {
-  say "error: $*" >&2
-  exit 2
-}
 
 action=create cluster='' zone='' workload='' type='' slices=1 shared='' image=python:3.12 restarts=10
 project='' arguments=()

@@ -17,10 +17,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
 
-fail() {
-  say "error: $*" >&2
-  exit 2
-}
 
 action='' name='' zone='' type='' version='' nfs='' project='' spot=0 arguments=()
 while (($#)); do

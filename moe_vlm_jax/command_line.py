@@ -138,7 +138,7 @@ def _made(name: str) -> config_lib.RunConfig | config_lib.Chain:
     path, _, argument = name.partition(":")
     try:
         config = runpy.run_path(path)["get_config"](*filter(None, [argument]))
-    except Exception:  # whatever a config file does wrong is reported by the parser, which runs it again
+    except Exception:  # a config file is the user's code and may raise anything; the parser runs it again and says what
         return config_lib.RunConfig()
     return config if isinstance(config, (config_lib.RunConfig, config_lib.Chain)) else config_lib.RunConfig()
 
