@@ -16,7 +16,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
 
-
 action=create cluster='' zone='' workload='' type='' slices=1 shared='' image=python:3.12 restarts=10
 project='' arguments=()
 while (($#)); do

@@ -17,7 +17,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
 
-
 action='' name='' zone='' type='' version='' nfs='' project='' spot=0 arguments=()
 while (($#)); do
   case "$1" in
