@@ -25,15 +25,32 @@ class Shared(NamedTuple):
     slot: jax.Array | None  # first cache slot written, with a cache
 
 
+class Reference(NamedTuple):
+    """A second stream of the same rows through the same layers, some of whose parameters have other values there.
+
+    Both streams are computed layer by layer, so a quantised kernel that they share is dequantised once. Nothing that
+    is differentiated flows into this one.
+
+    Attributes:
+      x: float[B, T, D] embeddings.
+      params: the parameters that differ, as a state of the decoder.
+    """
+
+    x: jax.Array
+    params: nnx.State
+
+
 class DecoderOutput(NamedTuple):
     """hidden float[B, T, D] after the final norm; router: one RouterOutput per MoE layer, in layer order;
     caches: per group, per block of the unit, a LayerCache with a leading axis R;
-    blocks: output of every block, float[B, T, D] each, when asked for."""
+    blocks: output of every block, float[B, T, D] each, when asked for;
+    reference: float[B, T, D] of the second stream, before the final norm, where there is one."""
 
     hidden: jax.Array
     router: tuple[router_lib.RouterOutput, ...]
     caches: tuple
     blocks: tuple[jax.Array, ...] | None
+    reference: jax.Array | None
 
 
 class Block(nnx.Module):
@@ -178,6 +195,7 @@ class Decoder(nnx.Module):
         caches: tuple | None = None,
         slot: jax.Array | None = None,
         collect_blocks: bool = False,
+        reference: Reference | None = None,
     ) -> DecoderOutput:
         """Runs all blocks.
 
@@ -191,6 +209,7 @@ class Decoder(nnx.Module):
           caches: DecoderOutput.caches of an earlier call, to be extended.
           slot: int32[] first cache slot that x is written to.
           collect_blocks: also return every block's output.
+          reference: a second stream, see there; it shares position, mask, context and noise, and has no dropout.
         """
         dec = self.config.decoder
         rotary = rotary_lib.angles(position, rotary_dim=dec.rotary_dim, theta=dec.rope_theta)
@@ -205,10 +224,13 @@ class Decoder(nnx.Module):
         routed: dict[int, router_lib.RouterOutput] = {}
         blocks: dict[int, jax.Array] = {}
         new_caches = []
+        other = None if reference is None else jax.lax.stop_gradient(reference.x)
+        other_params = {} if reference is None else jax.lax.stop_gradient(reference.params)
         for g, (group, unit) in enumerate(zip(self.layout, self.groups, strict=True)):
-            x, outputs = self._run_group(
-                x,
+            (x, other), outputs = self._run_group(
+                (x, other),
                 unit,
+                other_params.get("groups", {}).get(g, nnx.State({})),
                 shared,
                 prefix=f"decoder/groups/{g}/",
                 keys=_per_block(layer_keys, group, range(num_layers)),
@@ -229,39 +251,64 @@ class Decoder(nnx.Module):
             tuple(routed[i] for i in sorted(routed)),
             tuple(new_caches),
             tuple(blocks[i] for i in range(num_layers)) if collect_blocks else None,
+            None if other is None else replaced(self.final_norm, other_params.get("final_norm"))(other),
         )
 
     def _moe_layers(self) -> list[int]:
         return [i for i, experts in enumerate(self.config.layer_experts) if experts]
 
-    def _run_group(self, x, unit, shared, *, prefix, keys, noise, caches, collect_blocks):
-        """Scans one group; returns x and, per block of the unit, (routing, cache, block output), each [R, ...]."""
+    def _run_group(self, streams, unit, other_state, shared, *, prefix, keys, noise, caches, collect_blocks):
+        """Scans one group.
+
+        Returns (x, other) and, per block of the unit, x's (routing, cache, block output), each [R, ...]; other_state
+        holds what `other` has instead of the unit's own parameters.
+        """
         graphdef, state = nnx.split(unit)
 
-        def body(carry, step):
-            unit_state, unit_keys, unit_noise, unit_caches = step
-            if unit_caches is None:  # a step of decoding has too few rows to be worth putting weights together
-                unit_state = sharding.gather(unit_state, self.mesh, prefix=prefix, dtype=carry.dtype)
-            if self.config.remat != "none":
-                # Once for everybody in this body; the backward pass runs the body again. Without rematerialisation
-                # the layers do it themselves (quant/matmul.py), or the arrays would live until the backward pass.
-                unit_state = quant.dequantize_state(unit_state, carry.dtype)
+        def gathered(unit_state, dtype):
+            return sharding.gather(unit_state, self.mesh, prefix=prefix, dtype=dtype)
+
+        def run(x, unit_state, unit_keys, unit_noise, unit_caches):
             outputs = []
             for b, block in enumerate(nnx.merge(graphdef, unit_state).blocks):
-                carry, router_output, cache = block(
-                    carry,
+                x, router_output, cache = block(
+                    x,
                     shared,
                     key=unit_keys[b],
                     noise=unit_noise[b],
                     cache=None if unit_caches is None else unit_caches[b],
                 )
-                carry = sharding.spread_rows(carry, self.mesh)
-                outputs.append((router_output, cache, carry if collect_blocks else None))
-            return carry, tuple(outputs)
+                x = sharding.spread_rows(x, self.mesh)
+                outputs.append((router_output, cache, x if collect_blocks else None))
+            return x, tuple(outputs)
 
-        xs = (state, keys, noise, caches)
+        def body(carry, step):
+            x, other = carry
+            unit_state, unit_other, unit_keys, unit_noise, unit_caches = step
+            if unit_caches is None:  # a step of decoding has too few rows to be worth putting weights together
+                unit_state = gathered(unit_state, x.dtype)
+            if self.config.remat != "none":
+                # Once for everybody in this body; the backward pass runs the body again. Without rematerialisation
+                # the layers do it themselves (quant/matmul.py), or the arrays would live until the backward pass.
+                unit_state = quant.dequantize_state(unit_state, x.dtype)
+            x, outputs = run(x, unit_state, unit_keys, unit_noise, unit_caches)
+            if other is not None:
+                other_unit = nnx.merge_state(unit_state, gathered(unit_other, x.dtype))
+                no_keys = [None] * len(outputs)
+                other, _ = run(other, jax.lax.stop_gradient(other_unit), no_keys, unit_noise, None)
+            return (x, other), outputs
+
+        xs = (state, other_state, keys, noise, caches)
         body = vision.rematerialise(body, self.config.remat, gathers=sharding.gathers(self.mesh))
-        return jax.lax.scan(body, x, xs, unroll=self.config.scan_unroll)
+        return jax.lax.scan(body, streams, xs, unroll=self.config.scan_unroll)
+
+
+def replaced(module: nnx.Module, params: nnx.State | None) -> nnx.Module:
+    """Returns the module with these values in the place of its own for some of its parameters."""
+    if params is None:
+        return module
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, nnx.merge_state(state, params))
 
 
 def _per_block(values, group: placement.LayerGroup, layers) -> tuple:

@@ -21,11 +21,13 @@ class ModelOutput(NamedTuple):
       hidden: float[B, T, D] after the final norm; `VLM.logits` turns it into scores.
       router: one RouterOutput per MoE layer, in layer order.
       blocks: output of every decoder block, float[B, T, D] each, when asked for.
+      reference: as hidden, of the model with other values for some parameters, when asked for; no gradient.
     """
 
     hidden: jax.Array
     router: tuple[router_lib.RouterOutput, ...]
     blocks: tuple[jax.Array, ...] | None = None
+    reference: jax.Array | None = None
 
 
 class KVCache(NamedTuple):
@@ -74,21 +76,36 @@ class VLM(nnx.Module):
     def encode_images(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """float32[I, S, S, 3] -> image tokens float[I, P, D]; the key is for adapters' dropout."""
         vision_key, projector_key = dropout.split(key, 2)
-        features = self.vision(images, dtype=jnp.dtype(self.config.compute_dtype), key=vision_key)
-        return self.projector(features, key=projector_key)
+        return self.projector(self.patch_features(images, key=vision_key), key=projector_key)
 
-    def embed(self, batch: batch_lib.Batch, *, own_images: bool = False, key: jax.Array | None = None) -> jax.Array:
+    def patch_features(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """float32[I, S, S, 3] -> what the tower sees, float[I, P, C]; the key is for adapters' dropout."""
+        return self.vision(images, dtype=jnp.dtype(self.config.compute_dtype), key=key)
+
+    def embed(
+        self,
+        batch: batch_lib.Batch,
+        *,
+        features: jax.Array | None = None,
+        own_images: bool = False,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
         """Returns float[B, T, D]: word embeddings, image tokens at their slots, zeros at padding (as the reference).
 
         Args:
           batch: rows of T slots.
+          features: of its images, from `patch_features`; None: they are computed here.
           own_images: whether image i belongs to row i // (I / B), as in training batches (data/trees.py). Over a mesh,
             each device then looks among its own rows' images; else it needs all.
           key: for adapters' dropout; None turns it off.
         """
         x = self.decoder.embed.embedding[...][batch.tokens].astype(jnp.dtype(self.config.compute_dtype))
         if batch.images is not None:
-            features = sharding.spread_rows(self.encode_images(batch.images, key=key), self.mesh)  # [I, P, D]
+            if features is None:
+                features = self.encode_images(batch.images, key=key)
+            else:
+                features = self.projector(features, key=key)
+            features = sharding.spread_rows(features, self.mesh)  # [I, P, D]
             is_image = batch.image_slot >= 0
             if own_images and sharding.num_row_devices(self.mesh) > 1:
                 features = features.reshape(batch.tokens.shape[0], -1, features.shape[-1])  # [B, I / B * P, D]
@@ -109,6 +126,7 @@ class VLM(nnx.Module):
         rng: jax.Array | None = None,
         noise: tuple[jax.Array, ...] | None = None,
         collect_blocks: bool = False,
+        reference: nnx.State | None = None,
     ) -> ModelOutput:
         """Runs the whole model on a batch.
 
@@ -119,9 +137,13 @@ class VLM(nnx.Module):
           rng: key for dropout and routing noise.
           noise: routing noise per MoE layer, float32[M, E]; by default drawn from rng where the config asks for it.
           collect_blocks: also return every decoder block's output.
+          reference: parameters with other values in a second stream, which shares all work that these do not touch:
+            the images' features, and every dequantised kernel.
         """
-        out, _ = self._run(batch, train=train, step=step, rng=rng, noise=noise, collect_blocks=collect_blocks)
-        return ModelOutput(out.hidden, out.router, out.blocks)
+        out, _ = self._run(
+            batch, train=train, step=step, rng=rng, noise=noise, collect_blocks=collect_blocks, reference=reference
+        )
+        return ModelOutput(out.hidden, out.router, out.blocks, out.reference)
 
     def logits(self, hidden: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """float[..., D] -> float32[..., V]; see `Decoder.logits`."""
@@ -194,7 +216,9 @@ class VLM(nnx.Module):
         out, layers = self._run(row, train=False, step=0, rng=None, noise=None, collect_blocks=False, cache=cache)
         return out.hidden, cache._replace(layers=layers, slot=cache.slot + 1, position=cache.position + 1)
 
-    def _run(self, batch, *, train, step, rng, noise, collect_blocks, cache: KVCache | None = None):
+    def _run(
+        self, batch, *, train, step, rng, noise, collect_blocks, cache: KVCache | None = None, reference=None
+    ) -> tuple[decoder.DecoderOutput, tuple]:
         dropout_key, noise_key = dropout.split(rng, 2)
         image_key, decoder_key = dropout.split(dropout_key if train else None, 2)
         keys = batch if cache is None else cache
@@ -213,8 +237,9 @@ class VLM(nnx.Module):
             step=jnp.asarray(step, jnp.int32),
             train=train,
         )
+        x, other = self._embed_streams(batch, reference, own_images=train, key=image_key)
         out = self.decoder(
-            self.embed(batch, own_images=train, key=image_key),
+            x,
             position=batch.position,
             mask=mask,
             context=context,
@@ -223,8 +248,25 @@ class VLM(nnx.Module):
             caches=None if cache is None else cache.layers,
             slot=None if cache is None else cache.slot,
             collect_blocks=collect_blocks,
+            reference=other,
         )
         return out, out.caches
+
+    def _embed_streams(
+        self, batch: batch_lib.Batch, reference: nnx.State | None, *, own_images: bool, key: jax.Array | None
+    ) -> tuple[jax.Array, decoder.Reference | None]:
+        """Returns the embeddings of a batch, and the second stream where there is one."""
+        if reference is None:
+            return self.embed(batch, own_images=own_images, key=key), None
+        touched = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(reference)]
+        features = None
+        if batch.images is not None and not any(path.startswith("vision/") for path in touched):
+            vision_key, key = dropout.split(key, 2)
+            features = self.patch_features(batch.images, key=vision_key)
+        x = other = self.embed(batch, features=features, own_images=own_images, key=key)
+        if any(path.startswith(("vision/", "projector/", "decoder/embed/")) for path in touched):
+            other = decoder.replaced(self, reference).embed(batch, features=features, own_images=own_images)
+        return x, decoder.Reference(other, reference.get("decoder", nnx.State({})))
 
     def _noise(self, key: jax.Array | None, num_tokens: int) -> tuple[jax.Array, ...] | None:
         """Draws the parity noise of every MoE layer, or None where the config asks for none."""
