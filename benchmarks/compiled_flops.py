@@ -53,12 +53,12 @@ def measure(config: config_lib.RunConfig, where: jax.sharding.Sharding) -> dict[
     batch = placed(jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), workload.make_batch(config)))
 
     def loss(trainable: nnx.State, frozen: nnx.State, batch: Any) -> jax.Array:
-        return steps.micro_batch_loss(
+        return steps.supervised_loss(
             trainable,
             frozen,
             jax.tree.map(lambda a: a[0], batch),
-            num_tokens=jnp.ones(()),
-            num_micro_batches=1,
+            None,
+            whole=steps.Whole(micro_batches=1, tokens=jnp.ones(()), counts=None),
             step=jnp.zeros((), jnp.int32),
             key=jax.random.key(0),
             graphdef=graphdef,

@@ -33,6 +33,8 @@ class Batch(NamedTuple):
       tree: int32[B, T] 1, 2, ... which packed example; 0 is padding.
       branch: int32[B, T] 0 = shared prefix, 1, 2, ... = branches of the tree.
       valid: bool[B, T] False for padding.
+      reference_log_probs: float32[B, N, 2] of the two answers of the pair that tree n + 1 of a row is, under the model
+        that a preference loss compares with, if they were computed beforehand; else None.
     """
 
     tokens: Any
@@ -43,3 +45,4 @@ class Batch(NamedTuple):
     tree: Any
     branch: Any
     valid: Any
+    reference_log_probs: Any = None

@@ -243,6 +243,32 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class PreferenceConfig:
+    """Training on pairs of answers of which one is better; without a loss, training is supervised."""
+
+    # none | sigmoid (DPO) | robust | sigmoid_norm | hinge | ipo | kto_pair | simpo | orpo: losses/preference.py has the
+    # formulas. Both streams run without dropout.
+    loss: str = "none"
+    beta: float = 0.1  # strength of the tie to the reference; the project report names none, 0.1 is the usual one
+    label_smoothing: float = 0.0  # share of pairs believed to be marked the wrong way round (sigmoid: cDPO)
+    gamma: float = 0.0  # simpo only: the margin of rewards to aim at
+    sft_coef: float = 0.0  # times the cross-entropy of chosen answers, added to the loss
+    # What the policy is compared with: 'start', the policy as it begins (the SFT model) | 'base', adapters off | the
+    # folder of another adapter of the same shape, in PEFT's layout.
+    reference: str = "start"
+    # File of the reference's log-probs; written before training if it does not exist. The step then runs the policy
+    # alone. Relative to the workdir; empty: computed in every step.
+    precomputed: str = ""
+    # JSON lines of pairs (data/pairs.py), which replace data.split; prompts and images are read as data says, and
+    # held-out questions come from data.eval_split. In a chain also '@NAME': sampled from what the run NAME leaves.
+    pairs: str = ""
+    held_out: float = 0.1  # share of the pairs, with all pairs of an image, that is measured and not trained on
+    num_pairs: int = 1000  # to sample for pairs='@NAME', marked by the automatic rule (preferences/prefer.py)
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class GenerationConfig:
     """How answers are decoded."""
 
@@ -281,6 +307,7 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
     generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

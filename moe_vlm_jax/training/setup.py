@@ -20,7 +20,7 @@ from moe_vlm_jax.data import host as host_lib
 from moe_vlm_jax.data import pipeline, stream, trees
 from moe_vlm_jax.models import vlm
 from moe_vlm_jax.quant import state as quant
-from moe_vlm_jax.training import base, checkpoint, coverage, steps
+from moe_vlm_jax.training import base, checkpoint, coverage, preference_step, reference, steps
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import state as state_lib
 
@@ -53,6 +53,7 @@ class Run:
       model: structure and layout.
       mesh: devices.
       frozen: parameters that do not train, on the devices.
+      reference: what the policy is compared with, in the form of the trainable parameters; None where nothing is.
       optimizer: over the trainable part.
       num_steps: of the whole run.
       data: the planned training data.
@@ -67,6 +68,7 @@ class Run:
     model: Model
     mesh: jax.sharding.Mesh
     frozen: nnx.State
+    reference: nnx.State | None
     optimizer: optimizer_lib.Optimizer
     num_steps: int
     data: pipeline.TrainData
@@ -82,7 +84,7 @@ class Run:
         if shape not in self._programs:
             batch = to_devices(host_batch.batch, self.mesh, self.config.training.batch_size)
             logging.info("compiling the step for rows of %s", host_batch.batch.tokens.shape)
-            compiled = self.train_step.lower(state, self.frozen, batch).compile()
+            compiled = self.train_step.lower(state, self.frozen, batch, self.reference).compile()
             self._programs[shape] = _Program(compiled, _flops(compiled))
 
     def step(
@@ -92,7 +94,7 @@ class Run:
         self.compile(state, host_batch)
         batch = to_devices(host_batch.batch, self.mesh, self.config.training.batch_size)
         with jax.transfer_guard_host_to_device("disallow"):
-            return self._programs[_shape(host_batch.batch)].compiled(state, self.frozen, batch)
+            return self._programs[_shape(host_batch.batch)].compiled(state, self.frozen, batch, self.reference)
 
     def flops(self, host_batch: stream.HostBatch) -> float | None:
         """Returns the FLOPs of a step on one device, or None where the counter cannot tell."""
@@ -127,6 +129,7 @@ def make_run(config: config_lib.RunConfig, workdir: str | pathlib.Path) -> tuple
     show_coverage(model, workdir)
     config = dataclasses.replace(config, model=model.config)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, num_steps)
+    compared = reference.make(model, trainable, frozen, config) if compares(config) else None
 
     state, abstract = make_state(model, trainable, optimizer, config.training.seed)
     origin = config.training.base or f"the random initialisation of seed {config.training.seed}"

@@ -1,8 +1,8 @@
-"""The train step: a pure function of (state, frozen, batch)."""
+"""The train step: a pure function of (state, frozen, batch) and, where the loss asks for one, a reference."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,40 @@ from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import sharding
 from moe_vlm_jax.losses import language_modeling, routing
 from moe_vlm_jax.models import vlm
+from moe_vlm_jax.moe import router as router_lib
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import state as state_lib
 
 Metrics = dict[str, Any]  # arrays; 'counts' and 'dropped' are tuples of them, one a layer, inside a step
-TrainStep = Callable[[state_lib.TrainState, nnx.State, batch_lib.Batch], tuple[state_lib.TrainState, Metrics]]
+# (state, frozen, batch, reference=None): the reference has the form of state.trainable.
+TrainStep = Callable[..., tuple[state_lib.TrainState, Metrics]]
+
+
+class Whole(NamedTuple):
+    """What a micro-batch must know of all of them together, so that the shares of the loss add up.
+
+    Attributes:
+      micro_batches: A, a Python number.
+      tokens: float32[] tokens with a label, at least 1.
+      counts: what the objective counts itself, see `Objective`.
+    """
+
+    micro_batches: int
+    tokens: jax.Array
+    counts: Any
+
+
+class Objective(NamedTuple):
+    """What a run trains on.
+
+    Attributes:
+      loss: (trainable, frozen, batch [B, T], reference; whole, step, key, graphdef, config) -> this micro-batch's share
+        of the loss (shares add up to it), and figures that also add up.
+      count: Batch [A, B, T] -> counts over all micro-batches that the loss divides by.
+    """
+
+    loss: Callable[..., tuple[jax.Array, Metrics]]
+    count: Callable[[batch_lib.Batch], Any]
 
 
 def make_train_step(
@@ -26,6 +55,7 @@ def make_train_step(
     optimizer: optimizer_lib.Optimizer,
     config: config_lib.RunConfig,
     *,
+    objective: Objective | None = None,
     out_shardings: state_lib.TrainState | None = None,
 ) -> TrainStep:
     """Returns the jitted step; it donates the train state.
@@ -38,101 +68,128 @@ def make_train_step(
       graphdef: structure of the model.
       optimizer: over the trainable part.
       config: loss coefficients (model.moe) and loss_chunk (training).
+      objective: what is minimised; None: SUPERVISED.
       out_shardings: where the new state lies; metrics lie where its step does. None leaves it to the compiler.
     """
-    loss_fn = functools.partial(micro_batch_loss, graphdef=graphdef, config=config)
-    step = functools.partial(_train_step, loss_fn=loss_fn, optimizer=optimizer)
+    objective = objective or SUPERVISED
+    step = functools.partial(
+        _train_step,
+        loss_fn=functools.partial(objective.loss, graphdef=graphdef, config=config),
+        count=objective.count,
+        optimizer=optimizer,
+    )
     places = None if out_shardings is None else (out_shardings, out_shardings.step)
     return jax.jit(step, donate_argnums=0, out_shardings=places)
 
 
-def micro_batch_loss(
+def supervised_loss(
     trainable: nnx.State,
     frozen: nnx.State,
     batch: batch_lib.Batch,
+    reference: None,
     *,
-    num_tokens: jax.Array,
-    num_micro_batches: int,
+    whole: Whole,
     step: jax.Array,
     key: jax.Array,
     graphdef: nnx.GraphDef,
     config: config_lib.RunConfig,
 ) -> tuple[jax.Array, Metrics]:
-    """Returns this micro-batch's share of the loss (shares add up to it), and figures that also add up.
+    """Cross-entropy of labelled tokens plus the routing losses; see `Objective`.
 
     Args:
       trainable: parameters to differentiate.
       frozen: the other parameters.
       batch: one micro-batch, [B, T].
-      num_tokens: float32[] trained tokens of all micro-batches.
-      num_micro_batches: A.
+      reference: none.
+      whole: of all micro-batches.
       step: int32[] for routers that change with time.
       key: for dropout and router noise.
       graphdef: structure of the model.
       config: the run's.
     """
+    del reference
     model = vlm.gather_shared(nnx.merge(graphdef, trainable, frozen))
     output = model(batch, train=True, step=step, rng=key)
     tokens = language_modeling.next_token_loss(
         output.hidden,
         batch.labels,
         functools.partial(model.logits, key=jax.random.fold_in(key, 1)),
-        chunk=config.training.loss_chunk * sharding.num_row_devices(model.mesh),
+        chunk=head_chunk(config, model),
     )
-    moe = config.model.moe
-    routed = routing.routing_loss(
-        [layer.balance_loss for layer in output.router],
-        [layer.z_loss for layer in output.router],
-        balance_coef=moe.balance_coef,
-        router_z_coef=moe.router_z_coef,
-    )
-    cross_entropy = tokens.sum / num_tokens
-    loss = cross_entropy + routed.total / num_micro_batches
+    cross_entropy = tokens.sum / whole.tokens
+    routing_loss, routing_metrics = routing_terms(output.router, config, whole)
+    loss = cross_entropy + routing_loss
     metrics = {
         "train/loss": loss,
         "train/cross_entropy": cross_entropy,
-        "train/token_accuracy": tokens.correct / num_tokens,
+        "train/token_accuracy": tokens.correct / whole.tokens,
     }
-    if output.router:
-        metrics |= {
-            "router/balance_loss": routed.balance / num_micro_batches,
-            "router/z_loss": routed.z / num_micro_batches,
-            "router/dropped_assignments": jnp.sum(jnp.stack([layer.dropped for layer in output.router])),
-            "dropped": tuple(layer.dropped for layer in output.router),
-            "counts": tuple(layer.counts for layer in output.router),
+    return loss, metrics | routing_metrics
+
+
+SUPERVISED = Objective(supervised_loss, count=lambda batch: None)
+
+
+def head_chunk(config: config_lib.RunConfig, model: vlm.VLM) -> int:
+    """Returns how many tokens' logits exist at one time, over all devices that hold rows."""
+    return config.training.loss_chunk * sharding.num_row_devices(model.mesh)
+
+
+def routing_terms(
+    router: tuple[router_lib.RouterOutput, ...], config: config_lib.RunConfig, whole: Whole
+) -> tuple[jax.Array, Metrics]:
+    """Returns this micro-batch's share of the routing losses, and the routers' figures."""
+    moe = config.model.moe
+    routed = routing.routing_loss(
+        [layer.balance_loss for layer in router],
+        [layer.z_loss for layer in router],
+        balance_coef=moe.balance_coef,
+        router_z_coef=moe.router_z_coef,
+    )
+    metrics = {}
+    if router:
+        metrics = {
+            "router/balance_loss": routed.balance / whole.micro_batches,
+            "router/z_loss": routed.z / whole.micro_batches,
+            "router/dropped_assignments": jnp.sum(jnp.stack([layer.dropped for layer in router])),
+            "dropped": tuple(layer.dropped for layer in router),
+            "counts": tuple(layer.counts for layer in router),
         }
-    return loss, metrics
+    return routed.total / whole.micro_batches, metrics
 
 
 def _train_step(
     state: state_lib.TrainState,
     frozen: nnx.State,
     batch: batch_lib.Batch,
+    reference: nnx.State | None = None,
     *,
     loss_fn: Callable,
+    count: Callable[[batch_lib.Batch], Any],
     optimizer: optimizer_lib.Optimizer,
 ) -> tuple[state_lib.TrainState, Metrics]:
     num_tokens = jnp.sum(batch.labels != batch_lib.IGNORE_INDEX)
+    whole = Whole(
+        micro_batches=batch.labels.shape[0],
+        # A batch without a trained token has loss 0, not 0 / 0.
+        tokens=jnp.maximum(num_tokens, 1).astype(jnp.float32),
+        counts=count(batch),
+    )
     gradients, metrics = _gradients(
-        functools.partial(
-            loss_fn,
-            # A batch without a trained token has loss 0, not 0 / 0.
-            num_tokens=jnp.maximum(num_tokens, 1).astype(jnp.float32),
-            num_micro_batches=batch.labels.shape[0],
-            step=state.step,
-        ),
+        functools.partial(loss_fn, whole=whole, step=state.step),
         state.trainable,
         frozen,
         batch,
+        reference,
         jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step),
     )
     grad_norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.transform.update(gradients, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     counts = metrics.pop("counts", ())
-    for layer, count in enumerate(counts):  # counted over MoE layers only
-        metrics[f"router/load_entropy/{layer}"] = routing.load_entropy(count)
-        metrics[f"router/load/{layer}"] = count / jnp.maximum(count.sum(), 1.0)
+    for layer, tokens in enumerate(counts):  # counted over MoE layers only
+        metrics[f"router/load_entropy/{layer}"] = routing.load_entropy(tokens)
+        metrics[f"router/load/{layer}"] = tokens / jnp.maximum(tokens.sum(), 1.0)
     for layer, dropped in enumerate(metrics.pop("dropped", ())):
         metrics[f"router/dropped/{layer}"] = dropped
     metrics |= {
@@ -146,14 +203,19 @@ def _train_step(
 
 
 def _gradients(
-    loss_fn: Callable, trainable: nnx.State, frozen: nnx.State, batch: batch_lib.Batch, key: jax.Array
+    loss_fn: Callable,
+    trainable: nnx.State,
+    frozen: nnx.State,
+    batch: batch_lib.Batch,
+    reference: nnx.State | None,
+    key: jax.Array,
 ) -> tuple[nnx.State, Metrics]:
     """Returns float32 gradients and metrics, summed over the micro-batches."""
     gradient_fn = jax.grad(loss_fn, has_aux=True)
     num_micro_batches = batch.labels.shape[0]
 
     def one(micro_batch: batch_lib.Batch, index: jax.Array) -> tuple[nnx.State, Metrics]:
-        gradients, metrics = gradient_fn(trainable, frozen, micro_batch, key=jax.random.fold_in(key, index))
+        gradients, metrics = gradient_fn(trainable, frozen, micro_batch, reference, key=jax.random.fold_in(key, index))
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), metrics
 
     if num_micro_batches == 1:

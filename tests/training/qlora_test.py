@@ -114,12 +114,12 @@ def _residuals(config: config_lib.RunConfig) -> str:
     batch = jax.tree.map(lambda x: x[0], examples.random_batch(config, rows=2, length=13, seed=4))
 
     def loss(trainable):
-        return steps.micro_batch_loss(
+        return steps.supervised_loss(
             trainable,
             parts["f"],
             batch,
-            num_tokens=jnp.float32(3),
-            num_micro_batches=1,
+            None,
+            whole=steps.Whole(micro_batches=1, tokens=jnp.float32(3), counts=None),
             step=jnp.int32(0),
             key=jax.random.key(0),
             graphdef=graphdef,
