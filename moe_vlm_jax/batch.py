@@ -19,6 +19,12 @@ from typing import Any, NamedTuple
 
 IGNORE_INDEX = -100  # a label that no loss counts
 IMAGE_TOKEN_INDEX = -200  # stands for a whole image in a token list before it is expanded
+SLOTS_OF_A_PAIR = 4  # at least: two branches, each of a prompt's last token and an answer's first
+
+
+def max_pairs(row_length: int) -> int:
+    """Returns the most preference pairs that a row can hold (N), the static size of arrays over pairs."""
+    return row_length // SLOTS_OF_A_PAIR
 
 
 class Batch(NamedTuple):
@@ -34,7 +40,7 @@ class Batch(NamedTuple):
       branch: int32[B, T] 0 = shared prefix, 1, 2, ... = branches of the tree.
       valid: bool[B, T] False for padding.
       reference_log_probs: float32[B, N, 2] of the two answers of the pair that tree n + 1 of a row is, under the model
-        that a preference loss compares with, if they were computed beforehand; else None.
+        that a preference loss compares with, if they were computed beforehand; else None. N is max_pairs(T).
     """
 
     tokens: Any

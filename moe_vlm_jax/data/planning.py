@@ -86,9 +86,12 @@ def form_trees(
     return Forest(list(members), np.array(lengths), np.array(images))
 
 
-def build_tree(members: Sequence[int], examples: Sequence[Example], num_patches: int) -> trees.Tree:
+def build_tree(
+    members: Sequence[int], examples: Sequence[Example], num_patches: int, *, share_prefix: bool = True
+) -> trees.Tree:
     """Returns the tree of the examples with these indices."""
-    return trees.share_prefix([trees.expand(examples[i], num_patches) for i in members], num_patches)
+    sequences = [trees.expand(examples[i], num_patches) for i in members]
+    return trees.join(sequences, num_patches, share_prefix=share_prefix)
 
 
 def plan_epoch(lengths: np.ndarray, images: np.ndarray, layout: Layout, *, epoch: int) -> list[Step]:

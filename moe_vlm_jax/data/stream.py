@@ -16,6 +16,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax.batch import Batch
 from moe_vlm_jax.data import planning, trees
 from moe_vlm_jax.data.records import Example
@@ -50,6 +51,8 @@ class BatchBuilder:
       load_image: reference -> float32[S, S, 3].
       accumulation: micro-batches of a step (A).
       rows: which rows of a micro-batch this host builds.
+      share_prefix: whether examples of one tree share their prefix.
+      reference: float32[N, 2] log-probs of both answers of each tree, where trees are pairs and they are known.
     """
 
     examples: Sequence[Example]
@@ -60,6 +63,8 @@ class BatchBuilder:
     load_image: trees.LoadImage
     accumulation: int
     rows: tuple[int, ...]
+    share_prefix: bool = True
+    reference: np.ndarray | None = None
 
     def __call__(self, step: planning.Step) -> HostBatch:
         micro_batches = planning.host_rows(step, accumulation=self.accumulation, rows=self.rows)
@@ -76,12 +81,24 @@ class BatchBuilder:
             )
             for micro_batch in rows
         ]
+        if self.reference is not None:
+            known = [self._reference(micro_batch, step.row_length) for micro_batch in micro_batches]
+            batches = [batch._replace(reference_log_probs=a) for batch, a in zip(batches, known, strict=True)]
         stacked = [None if arrays[0] is None else np.stack(arrays) for arrays in zip(*batches, strict=True)]
         ids = tuple(name for micro_batch in rows for row in micro_batch for tree in row for name in tree.ids)
         return HostBatch(Batch(*stacked), ids)
 
     def _tree(self, tree: int) -> trees.Tree:
-        return planning.build_tree(self.members[tree], self.examples, self.num_patches)
+        members, examples = self.members[tree], self.examples
+        return planning.build_tree(members, examples, self.num_patches, share_prefix=self.share_prefix)
+
+    def _reference(self, micro_batch: Sequence[Sequence[int]], row_length: int) -> np.ndarray:
+        """Returns float32[B, N, 2] of the pairs in these rows."""
+        assert self.reference is not None
+        found = np.zeros((len(micro_batch), batch_lib.max_pairs(row_length), 2), np.float32)
+        for r, row in enumerate(micro_batch):
+            found[r, : len(row)] = self.reference[list(row)]
+        return found
 
 
 def images_per_row(most: int, row_length: int, num_patches: int) -> int:

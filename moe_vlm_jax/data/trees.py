@@ -105,7 +105,7 @@ def expand(example: Example, num_patches: int) -> Sequence:
     )
 
 
-def share_prefix(sequences: Seq[Sequence], num_patches: int) -> Tree:
+def join(sequences: Seq[Sequence], num_patches: int, *, share_prefix: bool = True) -> Tree:
     """Returns the sequences as one tree over their longest common prefix.
 
     Prefixes are equal where token ids and images are equal. The prefix ends before the first slot of any sequence
@@ -115,13 +115,14 @@ def share_prefix(sequences: Seq[Sequence], num_patches: int) -> Tree:
     Args:
       sequences: at least one.
       num_patches: slots of one image (P).
+      share_prefix: False gives a tree without a prefix, whose branches have nothing in common but their images.
     """
     index: dict[Hashable, int] = {}
     for sequence in sequences:
         for image in sequence.images:
             index.setdefault(image, len(index))
     slots = [_over(sequence, index, num_patches) for sequence in sequences]
-    length = _prefix_length(sequences, slots) if len(sequences) > 1 else 0
+    length = _prefix_length(sequences, slots) if share_prefix and len(sequences) > 1 else 0
     first = [(sequences[0].tokens[:length], slots[0][:length], sequences[0].labels[:length])] if length else []
     parts = first + [(s.tokens[length:], i[length:], s.labels[length:]) for s, i in zip(sequences, slots, strict=True)]
     tokens, image_slot, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))

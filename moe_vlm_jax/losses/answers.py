@@ -13,14 +13,6 @@ import jax.numpy as jnp
 
 from moe_vlm_jax import batch as batch_lib
 
-SLOTS_OF_A_PAIR = 4  # at least: two branches, each of a prompt's last token and an answer's first
-
-
-def max_pairs(row_length: int) -> int:
-    """Returns the most pairs that a row can hold (N), the static size of arrays over pairs."""
-    return row_length // SLOTS_OF_A_PAIR
-
-
 def sums(values: jax.Array, batch: batch_lib.Batch) -> jax.Array:
     """Returns float32[B, N, 2]: the values of each pair's chosen and rejected answer, added up; 0 where no pair is.
 
@@ -28,7 +20,7 @@ def sums(values: jax.Array, batch: batch_lib.Batch) -> jax.Array:
       values: float[B, T]; those of slots without a label do not count.
       batch: of pairs, [B, T].
     """
-    pairs = max_pairs(batch.labels.shape[-1])
+    pairs = batch_lib.max_pairs(batch.labels.shape[-1])
     labelled = batch.labels != batch_lib.IGNORE_INDEX
     answer = jnp.where(labelled, 2 * (batch.tree - 1) + batch.branch - 1, 2 * pairs)  # the last one is thrown away
     values = jnp.where(labelled, values, 0).astype(jnp.float32)

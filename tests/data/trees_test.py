@@ -23,7 +23,7 @@ def example(name: str, text: str, trained: str, images: tuple[str, ...] = ()) ->
 
 
 def tree_of(*examples: Example) -> trees.Tree:
-    return trees.share_prefix([trees.expand(e, PATCHES) for e in examples], PATCHES)
+    return trees.join([trees.expand(e, PATCHES) for e in examples], PATCHES)
 
 
 def pixels(reference: str) -> np.ndarray:

@@ -96,7 +96,7 @@ def pack(examples: list[Example], *, row_length: int, num_rows: int) -> Batch:
 
 def alone(example: Example) -> Batch:
     """Returns a batch of this one sequence in the usual way; one shape for all, as compiling takes longest here."""
-    sequence = trees.share_prefix([trees.expand(example, PATCHES)], PATCHES)
+    sequence = trees.join([trees.expand(example, PATCHES)], PATCHES)
     return trees.collate(
         [[sequence]],
         row_length=14,
