@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "planning": {"training", "models", "quant", "cost", "collectives", "traffic"},
     "decoding": {"models"},
     "evaluation": {"decoding", "data"},
+    "preferences": {"evaluation", "data"},
     "chain": {"config", "validation"},
     "command_line": {"config", "validation", "chain"},
     "assets": set(),
