@@ -10,16 +10,19 @@ import collections
 import dataclasses
 import hashlib
 import math
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.data import host as host_lib
 from moe_vlm_jax.data import images as images_lib
 from moe_vlm_jax.data import lengths as lengths_lib
-from moe_vlm_jax.data import planning, sources, stream, tokenize, trees
+from moe_vlm_jax.data import bad_samples, pair_trees, planning, sources, stream, tokenize, trees
+from moe_vlm_jax.data.pairs import Pair
 from moe_vlm_jax.data.records import Example, Record
 
 
@@ -47,6 +50,23 @@ class TrainData:
         part = epochs - whole
         return start + (math.ceil(part * (self.source.start(whole + 1) - start)) if part else 0)
 
+    def pair_ids(self) -> list[str]:
+        """Returns the id of each pair, where trees are pairs."""
+        return [self.builder.examples[members[0]].id.rpartition(":")[0] for members in self.builder.members]
+
+    def content(self) -> str:
+        """Returns a short name of all tokens and image files, whatever their order."""
+        content = hashlib.sha256()
+        for example in sorted(self.builder.examples, key=lambda example: example.id):
+            content.update(f"{example.id} {example.tokens.tolist()} {example.labels.tolist()}".encode())
+        for image in {image: None for example in self.builder.examples for image in example.images}:
+            content.update(image if isinstance(image, bytes) else pathlib.Path(image).read_bytes())
+        return content.hexdigest()[:16]
+
+    def with_reference(self, log_probs: np.ndarray) -> "TrainData":
+        """Returns the data with the reference's log-probs of both answers of each pair, float32[N, 2], in its batches."""
+        return dataclasses.replace(self, builder=dataclasses.replace(self.builder, reference=log_probs))
+
     def iterator(self, *, start_epoch: int = 0) -> stream.TrainIterator:
         """Returns an endless iterator over this host's batches."""
         first = self.source.start(start_epoch)
@@ -54,7 +74,7 @@ class TrainData:
 
 
 def make_train_data(config: config_lib.RunConfig, host: host_lib.Host | None = None) -> TrainData:
-    """Reads, checks and plans the training data of a run.
+    """Reads, checks and plans the training data of a run: records, or preference pairs where it has such a loss.
 
     Args:
       config: the run.
@@ -63,6 +83,21 @@ def make_train_data(config: config_lib.RunConfig, host: host_lib.Host | None = N
     Raises:
       ValueError: a setting or (with data.on_bad_sample='error') a sample breaks a rule.
     """
+    if config.preference.loss == "none":
+        return _make(config, sources.load_records(config.data, config.data.split), None, host)
+    pairs, _ = pair_trees.load(config)
+    return _make(config, pair_trees.records(pairs), pairs, host)
+
+
+def make_held_out_pairs(config: config_lib.RunConfig, host: host_lib.Host | None = None) -> TrainData | None:
+    """As `make_train_data`, the pairs that are measured and not trained on; None where there are none."""
+    _, pairs = pair_trees.load(config)
+    return _make(config, pair_trees.records(pairs), pairs, host) if pairs else None
+
+
+def _make(
+    config: config_lib.RunConfig, records: Sequence[Record], pairs: Sequence[Pair] | None, host: host_lib.Host | None
+) -> TrainData:
     data = config.data
     host = host or host_lib.alone(config.training.batch_size)
     tokenizer = tokenize.load_tokenizer(data.tokenizer)
@@ -74,7 +109,6 @@ def make_train_data(config: config_lib.RunConfig, host: host_lib.Host | None = N
         )
         return tokenize.truncate(whole, data.max_text_tokens), len(whole.tokens) > data.max_text_tokens
 
-    records = sources.load_records(data, data.split)
     return build_train_data(
         config,
         records,
@@ -82,6 +116,7 @@ def make_train_data(config: config_lib.RunConfig, host: host_lib.Host | None = N
         check_image=host_lib.shared_check(transform.check, records, host),
         load_image=transform,
         rows=host.rows,
+        pairs=pairs,
     )
 
 
@@ -93,10 +128,11 @@ def build_train_data(
     check_image: Callable[[Any], None],
     load_image: trees.LoadImage,
     rows: tuple[int, ...],
+    pairs: Sequence[Pair] | None = None,
 ) -> TrainData:
     """Returns the training data of these records, of which this host builds some rows of every micro-batch.
 
-    See `make_train_data` and `lengths.measure` for the arguments.
+    See `make_train_data` and `lengths.measure` for the arguments; with pairs, records are `pair_trees.records(pairs)`.
     """
     data, training, vision = config.data, config.training, config.model.vision
     _check_settings(config)
@@ -108,13 +144,7 @@ def build_train_data(
     examples, report = lengths_lib.measure(
         records, encode=encode, check_image=check_image, limits=limits, on_bad_sample=data.on_bad_sample
     )
-    forest = planning.form_trees(
-        examples,
-        num_patches=vision.num_tokens,
-        share_prefix=data.share_prefix,
-        max_branches=data.max_branches,
-        max_length=limits.max_row,
-    )
+    forest, found = _forest(config, examples, pairs, max_length=limits.max_row)
     room = data.images_per_row if data.pack else int(forest.images.max())
     layout = planning.Layout(
         row_lengths=tuple(data.row_lengths),
@@ -125,7 +155,7 @@ def build_train_data(
     )
     source = stream.StepSource(forest.lengths, forest.images, layout)
     steps = source.start(1)
-    report |= _fill(source, report)
+    report |= found | _fill(source, report)
     logging.info("training data: %s", {k: v for k, v in report.items() if k != "dropped_ids"})
     return TrainData(
         report=report,
@@ -140,10 +170,25 @@ def build_train_data(
             load_image=load_image,
             accumulation=training.accumulation,
             rows=rows,
+            share_prefix=data.share_prefix,
         ),
         num_workers=data.num_workers,
         fingerprint=_fingerprint(examples, forest, layout),
     )
+
+
+def _forest(
+    config: config_lib.RunConfig, examples: Sequence[Example], pairs: Sequence[Pair] | None, *, max_length: int
+) -> tuple[planning.Forest, dict[str, Any]]:
+    """Returns the trees, and what to report of them."""
+    data, num_patches = config.data, config.model.vision.num_tokens
+    settings = {"num_patches": num_patches, "share_prefix": data.share_prefix, "max_length": max_length}
+    if pairs is None:
+        return planning.form_trees(examples, max_branches=data.max_branches, **settings), {}
+    bad = bad_samples.BadSamples(data.on_bad_sample)
+    forest = pair_trees.form(pairs, examples, bad=bad, **settings)
+    bad.report(kept=len(forest.members), what="pairs")
+    return forest, {"pairs": len(forest.members), "dropped_pairs": dict(bad.counts)}
 
 
 def _check_settings(config: config_lib.RunConfig) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from moe_vlm_jax import batch as batch_lib
 
+
 def sums(values: jax.Array, batch: batch_lib.Batch) -> jax.Array:
     """Returns float32[B, N, 2]: the values of each pair's chosen and rejected answer, added up; 0 where no pair is.
 

@@ -61,7 +61,28 @@ def load(
 
     fresh = jax.jit(init, out_shardings=shardings(fresh))(jax.random.key(training.seed))
     complete = nnx.merge_state(params, fresh)
-    return _adapted(complete, config, training) if training.adapter else complete
+    return with_adapter(complete, config, training) if training.adapter else complete
+
+
+def with_adapter(params: nnx.State, config: config_lib.ModelConfig, training: config_lib.TrainingConfig) -> nnx.State:
+    """Returns the parameters with the factors of training.adapter, and what it holds whole, in the place of their own.
+
+    Raises:
+      ValueError: the adapter is unreadable, or was made for another model or another base.
+    """
+    info = None if is_saved(training.base) else hf_configs.read(training.base, vision=training.base_vision or None)
+    file = pathlib.Path(training.adapter) / hf_adapters.BASE_FILE
+    layout = json.loads(file.read_text(encoding="utf-8"))["layout"] if file.is_file() else "moe_llava"
+    found = adapter_readers.load_adapter(
+        training.adapter,
+        config,
+        layout=layout,
+        base=info,
+        base_fingerprint=checkpoint.fingerprint(adapters.split(params)[0]),
+    )
+    for note in found.notes:
+        logging.info("%s: %s", training.adapter, note)
+    return adapter_readers.placed(params, found.leaves)
 
 
 def is_saved(folder: str) -> bool:
@@ -137,23 +158,6 @@ def narrow(params: nnx.State, dtype: str) -> nnx.State:
 def shardings(state: Any) -> Any:
     """Returns the sharding of every array, or of every ShapeDtypeStruct that has one."""
     return jax.tree.map(lambda x: x.sharding, state)
-
-
-def _adapted(params: nnx.State, config: config_lib.ModelConfig, training: config_lib.TrainingConfig) -> nnx.State:
-    """Returns the parameters with the adapter's factors, and with what it holds whole, in the place of their own."""
-    info = None if is_saved(training.base) else hf_configs.read(training.base, vision=training.base_vision or None)
-    file = pathlib.Path(training.adapter) / hf_adapters.BASE_FILE
-    layout = json.loads(file.read_text(encoding="utf-8"))["layout"] if file.is_file() else "moe_llava"
-    found = adapter_readers.load_adapter(
-        training.adapter,
-        config,
-        layout=layout,
-        base=info,
-        base_fingerprint=checkpoint.fingerprint(adapters.split(params)[0]),
-    )
-    for note in found.notes:
-        logging.info("%s: %s", training.adapter, note)
-    return adapter_readers.placed(params, found.leaves)
 
 
 def _from_hf(bare: nnx.State, config, training: config_lib.TrainingConfig, mesh) -> nnx.State:

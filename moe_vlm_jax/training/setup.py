@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from flax import nnx
 
@@ -20,8 +21,9 @@ from moe_vlm_jax.data import host as host_lib
 from moe_vlm_jax.data import pipeline, stream, trees
 from moe_vlm_jax.models import vlm
 from moe_vlm_jax.quant import state as quant
-from moe_vlm_jax.training import base, checkpoint, coverage, preference_step, reference, steps
+from moe_vlm_jax.training import base, checkpoint, coverage, pair_scores, preference_step, steps
 from moe_vlm_jax.training import optimizer as optimizer_lib
+from moe_vlm_jax.training import reference as reference_lib
 from moe_vlm_jax.training import state as state_lib
 
 
@@ -53,7 +55,7 @@ class Run:
       model: structure and layout.
       mesh: devices.
       frozen: parameters that do not train, on the devices.
-      reference: what the policy is compared with, in the form of the trainable parameters; None where nothing is.
+      reference: what the policy is compared with in a step, in the form of the trainable parameters, or None.
       optimizer: over the trainable part.
       num_steps: of the whole run.
       data: the planned training data.
@@ -61,6 +63,7 @@ class Run:
       checkpoints: of the workdir.
       abstract_state: jax.ShapeDtypeStructs with shardings for the train state.
       train_step: the jitted step.
+      held_out: preference pairs to measure, or None.
     """
 
     config: config_lib.RunConfig
@@ -76,6 +79,7 @@ class Run:
     checkpoints: checkpoint.Checkpoints
     abstract_state: state_lib.TrainState
     train_step: steps.TrainStep
+    held_out: pair_scores.HeldOut | None = None
     _programs: dict[Any, "_Program"] = dataclasses.field(default_factory=dict)
 
     def compile(self, state: state_lib.TrainState, host_batch: stream.HostBatch) -> None:
@@ -120,7 +124,9 @@ def make_run(config: config_lib.RunConfig, workdir: str | pathlib.Path) -> tuple
     validation.validate(config)
     checkpoint.check_workdir(workdir, config)
     model = make_model(config)
-    data = pipeline.make_train_data(config, make_host(config.training.batch_size, model.mesh))
+    host = make_host(config.training.batch_size, model.mesh)
+    data = pipeline.make_train_data(config, host)
+    held_out = pipeline.make_held_out_pairs(config, host) if config.preference.loss != "none" else None
     distributed.check_same({"training data": data.fingerprint}, remedy="give them the same files, see data.path")
     optimizer_lib.check_groups(config.optimizer, list(tree.leaves(model.trainable)))
     num_steps = config.training.max_steps or data.total_steps(config.training.epochs)
@@ -129,7 +135,11 @@ def make_run(config: config_lib.RunConfig, workdir: str | pathlib.Path) -> tuple
     show_coverage(model, workdir)
     config = dataclasses.replace(config, model=model.config)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, num_steps)
-    compared = reference.make(model, trainable, frozen, config) if compares(config) else None
+    reference = reference_lib.make(trainable, frozen, config) if reference_lib.is_needed(config) else None
+    measured = held_out and _held_out(held_out, model, reference, frozen, config)
+    if config.preference.precomputed and reference is not None:
+        data = _with_reference(data, model, reference, frozen, config, pathlib.Path(workdir))
+        reference = None
 
     state, abstract = make_state(model, trainable, optimizer, config.training.seed)
     origin = config.training.base or f"the random initialisation of seed {config.training.seed}"
@@ -139,6 +149,7 @@ def make_run(config: config_lib.RunConfig, workdir: str | pathlib.Path) -> tuple
         model=model,
         mesh=model.mesh,
         frozen=frozen,
+        reference=reference,
         optimizer=optimizer,
         num_steps=num_steps,
         data=data,
@@ -152,6 +163,7 @@ def make_run(config: config_lib.RunConfig, workdir: str | pathlib.Path) -> tuple
         ),
         abstract_state=abstract,
         train_step=make_step(model, optimizer, config, abstract),
+        held_out=measured,
     )
     return run, state
 
@@ -191,6 +203,9 @@ def abstract_batch(config: config_lib.RunConfig, mesh: jax.sharding.Mesh) -> bat
         image_size=vision.image_size,
         load_image=lambda reference: reference,  # there are none
     )
+    if config.preference.precomputed:
+        known = np.zeros((config.training.batch_size, batch_lib.max_pairs(row_length), 2), np.float32)
+        micro_batch = micro_batch._replace(reference_log_probs=known)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((config.training.accumulation, *x.shape), x.dtype), micro_batch
     )
@@ -201,7 +216,10 @@ def make_step(
     model: Model, optimizer: optimizer_lib.Optimizer, config: config_lib.RunConfig, abstract: state_lib.TrainState
 ) -> steps.TrainStep:
     """Returns the jitted step whose new state lies where `abstract_state` says."""
-    return steps.make_train_step(model.graphdef, optimizer, config, out_shardings=base.shardings(abstract))
+    objective = steps.SUPERVISED if config.preference.loss == "none" else preference_step.PREFERENCE
+    return steps.make_train_step(
+        model.graphdef, optimizer, config, objective=objective, out_shardings=base.shardings(abstract)
+    )
 
 
 def start(run: Run, state: state_lib.TrainState) -> state_lib.TrainState:
@@ -305,6 +323,37 @@ def to_devices(batch: batch_lib.Batch, mesh: jax.sharding.Mesh, batch_size: int 
     return jax.tree.map(
         lambda x, shape, place: jax.make_array_from_process_local_data(place, x, shape.shape), batch, shapes, shardings
     )
+
+
+def _scorer(data: pipeline.TrainData, model: Model, config: config_lib.RunConfig) -> pair_scores.Scorer:
+    place = functools.partial(to_devices, mesh=model.mesh, batch_size=config.training.batch_size)
+    return pair_scores.Scorer(data, model.graphdef, config, place)
+
+
+def _held_out(
+    data: pipeline.TrainData, model: Model, reference: nnx.State | None, frozen: nnx.State, config: config_lib.RunConfig
+) -> pair_scores.HeldOut:
+    scorer = _scorer(data, model, config)
+    scores = None if reference is None else scorer(nnx.merge_state(reference, frozen))
+    return pair_scores.HeldOut(scorer, scores, config.preference.beta)
+
+
+def _with_reference(
+    data: pipeline.TrainData,
+    model: Model,
+    reference: nnx.State,
+    frozen: nnx.State,
+    config: config_lib.RunConfig,
+    workdir: pathlib.Path,
+) -> pipeline.TrainData:
+    """Returns the data with the reference's log-probs from preference.precomputed, which is written if need be."""
+    scores = pair_scores.reference_scores(
+        workdir / config.preference.precomputed,
+        data,
+        pair_scores.fingerprints(data, frozen, reference, config),
+        lambda: _scorer(data, model, config)(nnx.merge_state(reference, frozen)),
+    )
+    return data.with_reference(scores)
 
 
 def _parts(params: nnx.State, config: config_lib.RunConfig) -> tuple[nnx.State, nnx.State]:
