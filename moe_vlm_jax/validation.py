@@ -47,6 +47,7 @@ _CHOICES = {
     ),
     "data.image_aspect": ("pad", "square"),
     "data.on_bad_sample": ("error", "drop"),
+    "preference.loss": ("none", "sigmoid", "robust", "sigmoid_norm", "hinge", "ipo", "kto_pair", "simpo", "orpo"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.schedule": ("cosine", "constant"),
 }
@@ -62,6 +63,7 @@ _RANGES: dict[tuple[float | None, float | None, bool], dict[str, str]] = {
         "training": "batch_size accumulation log_every checkpoint_every keep_checkpoints",
         "generation": "max_new_tokens",
         "evaluation": "batch_size",
+        "preference": "num_pairs",
         "mesh": "fsdp expert tensor",
     },
     (0, None, False): {
@@ -71,6 +73,7 @@ _RANGES: dict[tuple[float | None, float | None, bool], dict[str, str]] = {
         "model.lora": "alpha",
         "optimizer": "eps max_grad_norm",
         "training": "epochs",
+        "preference": "beta temperature",
     },
     (0, None, True): {
         "model.vision": "skip_tokens position_init_std",
@@ -82,6 +85,7 @@ _RANGES: dict[tuple[float | None, float | None, bool], dict[str, str]] = {
         "optimizer": "learning_rate muon_learning_rate weight_decay",
         "training": "max_steps loss_chunk checkpoint_seconds upcycling_noise",
         "generation": "temperature",
+        "preference": "gamma sft_coef",
         "evaluation": "max_questions every_steps page_samples",
         "mesh": "data",
     },
@@ -91,6 +95,10 @@ _RANGES: dict[tuple[float | None, float | None, bool], dict[str, str]] = {
     (0, 0.999, True): {
         "model.decoder": "embed_dropout residual_dropout",
         "model.lora": "dropout",
+        "preference": "held_out",
+    },
+    (0, 0.4999, True): {
+        "preference": "label_smoothing",
     },
     (0, 1, True): {
         "optimizer": "warmup_ratio final_ratio",
@@ -104,6 +112,7 @@ _RANGES: dict[tuple[float | None, float | None, bool], dict[str, str]] = {
     },
     (0, 1, False): {
         "generation": "top_p",
+        "preference": "top_p",
     },
 }
 
@@ -117,7 +126,7 @@ def validate(config: config_lib.RunConfig) -> None:
     mistakes = list(_types(config, ""))
     if not mistakes:  # the other rules compute with the values
         mistakes = [*_ranges(config), *_patterns(config), *_model(config.model), *_moe(config.model)]
-        mistakes += [*_adaptation(config.model), *_data(config), *_training(config)]
+        mistakes += [*_adaptation(config.model), *_data(config), *_training(config), *_preference(config)]
     if mistakes:
         raise ValueError("\n".join(mistakes))
 
@@ -372,6 +381,48 @@ def _training(config: config_lib.RunConfig) -> Iterator[str]:
     for num_experts in sorted(set(config.model.moe.num_experts)):
         if num_experts % mesh.expert:
             yield indivisible_experts(num_experts, mesh.expert)
+
+
+def _preference(config: config_lib.RunConfig) -> Iterator[str]:
+    preference, model = config.preference, config.model
+    idle = functools.partial(_no_effect, preference, "preference")
+    if preference.loss == "none":
+        fields = "beta label_smoothing gamma sft_coef reference precomputed pairs held_out num_pairs temperature top_p"
+        yield from idle(fields, "with preference.loss='none'")
+        return
+    by_loss = f"with preference.loss={preference.loss!r}"
+    if not preference.pairs:
+        yield f"preference.pairs is empty, but preference.loss={preference.loss!r} trains on pairs; name their file."
+    elif preference.pairs.startswith("@"):
+        yield (
+            f"preference.pairs={preference.pairs!r} names a run of a chain, but this run is none of a chain; sample "
+            "pairs with python -m moe_vlm_jax.preferences generate, and name the file."
+        )
+    else:
+        yield from idle("num_pairs temperature top_p", "with pairs from a file (they are for sampling)")
+    if preference.loss not in ("sigmoid", "sigmoid_norm", "robust", "simpo"):
+        yield from idle("label_smoothing", by_loss)
+    if preference.loss != "simpo":
+        yield from idle("gamma", by_loss)
+    if preference.loss in ("simpo", "orpo"):
+        yield from idle("reference precomputed", f"{by_loss}, which has no reference")
+    dropouts = {
+        "model.lora.dropout": model.lora.dropout,
+        "model.decoder.embed_dropout": model.decoder.embed_dropout,
+        "model.decoder.residual_dropout": model.decoder.residual_dropout,
+    }
+    for name, rate in dropouts.items():
+        if rate:
+            yield (
+                f"{name}={rate} would make the policy differ from its reference by chance; preferences train without "
+                "dropout; set it to 0.0."
+            )
+    if model.moe.dispatch == "capacity" and (model.moe.capacity_group != "row" or config.data.pack):
+        yield (
+            f"model.moe.capacity_group={model.moe.capacity_group!r} with data.pack={config.data.pack} lets pairs compete "
+            "for the slots of experts, so a log-prob would depend on the other pairs of its batch; use 'row' and "
+            "data.pack=False, or dispatch='dropless'."
+        )
 
 
 def _no_effect(section: object, prefix: str, names: str, reason: str) -> Iterator[str]:

@@ -18,10 +18,10 @@ import numpy as np
 from absl import logging
 
 from moe_vlm_jax import config as config_lib
+from moe_vlm_jax.data import bad_samples, pair_trees, planning, sources, stream, tokenize, trees
 from moe_vlm_jax.data import host as host_lib
 from moe_vlm_jax.data import images as images_lib
 from moe_vlm_jax.data import lengths as lengths_lib
-from moe_vlm_jax.data import bad_samples, pair_trees, planning, sources, stream, tokenize, trees
 from moe_vlm_jax.data.pairs import Pair
 from moe_vlm_jax.data.records import Example, Record
 
@@ -64,7 +64,7 @@ class TrainData:
         return content.hexdigest()[:16]
 
     def with_reference(self, log_probs: np.ndarray) -> "TrainData":
-        """Returns the data with the reference's log-probs of both answers of each pair, float32[N, 2], in its batches."""
+        """Returns the data with a reference's log-probs of both answers of each pair in its batches, float32[N, 2]."""
         return dataclasses.replace(self, builder=dataclasses.replace(self.builder, reference=log_probs))
 
     def iterator(self, *, start_epoch: int = 0) -> stream.TrainIterator:

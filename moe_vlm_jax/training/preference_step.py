@@ -4,7 +4,6 @@ Policy and reference are two values of the trainable parameters. They run throug
 (models/decoder.py), so the images are seen once, and every frozen kernel is dequantised once, for both.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -45,7 +44,7 @@ def preference_loss(
     graphdef: nnx.GraphDef,
     config: config_lib.RunConfig,
 ) -> tuple[jax.Array, steps.Metrics]:
-    """The loss of config.preference plus the policy's routing losses; see `steps.Objective` and `steps.supervised_loss`.
+    """The loss of config.preference plus the policy's routing losses; see `steps.Objective`.
 
     Args:
       trainable: parameters of the policy.
