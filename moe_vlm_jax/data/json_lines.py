@@ -160,7 +160,7 @@ class Journal:
 
 def _parsed(line: bytes, name: str) -> dict | bad_samples.SampleError:
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode().rstrip("\r\n"))
     except ValueError as error:  # JSON or UTF-8
         if not line.endswith(b"\n"):
             fault = f"the last line ends in its middle ({line[-40:]!r}); write the file again, or remove that line."
