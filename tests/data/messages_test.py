@@ -35,6 +35,11 @@ def test_items_become_a_text_with_marks(items, expected):
     assert messages.to_turns([user(*items)], "r", "prompt") == (Turn("human", expected),)
 
 
+def test_messages_may_be_texts_of_json():
+    value = ['{"role": "user", "content": "A?"}', {"role": "assistant", "content": "b"}]
+    assert messages.to_turns(value, "r", "prompt") == (Turn("human", "A?"), Turn("gpt", "b"))
+
+
 @pytest.mark.parametrize(
     "turns",
     [
