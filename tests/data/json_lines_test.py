@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -175,3 +176,21 @@ def test_lines_of_several_processes_do_not_mix(tmp_path):
     assert [row["i"] for row in found if row["who"] == "a"] == list(range(40))
     assert [row["i"] for row in found if row["who"] == "b"] == list(range(40))
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_one_process_at_a_time_reads_and_appends(tmp_path):
+    first, second = (json_lines.Journal(tmp_path / "x.jsonl") for _ in range(2))
+    entered = threading.Event()
+
+    def enter():
+        with second.locked():
+            entered.set()
+
+    thread = threading.Thread(target=enter)
+    with first.locked():
+        thread.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(20)
+    thread.join()
+    first.close()
+    second.close()
