@@ -59,6 +59,7 @@ def write(path: str | os.PathLike, rows: Iterable[Mapping]) -> int:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
     return count

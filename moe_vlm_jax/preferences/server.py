@@ -51,7 +51,7 @@ class Server(http.server.ThreadingHTTPServer):
           ValueError: the address cannot be had.
         """
         self.session = session
-        self._names = {"localhost", host.lower(), socket.gethostname().lower()}
+        self._names = {"localhost", host.lower(), socket.gethostname().lower()} - {""}
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)

@@ -157,6 +157,12 @@ FAULTS = [
         "different_prompts",
         "'A?', 'C?' was asked",
     ),
+    (
+        {"id": "q7", "prompt": "C?"}
+        | {key: [message("user", "A?"), message("assistant", key)] for key in ("chosen", "rejected")},
+        "different_prompts",
+        "'A?', 'C?' was asked",
+    ),
 ]
 
 
