@@ -59,6 +59,7 @@ def write(path: str | os.PathLike, rows: Iterable[Mapping]) -> int:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
     return count
@@ -160,7 +161,7 @@ class Journal:
 
 def _parsed(line: bytes, name: str) -> dict | bad_samples.SampleError:
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode().rstrip("\r\n"))
     except ValueError as error:  # JSON or UTF-8
         if not line.endswith(b"\n"):
             fault = f"the last line ends in its middle ({line[-40:]!r}); write the file again, or remove that line."

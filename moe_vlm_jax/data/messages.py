@@ -6,6 +6,7 @@
 Items say nothing of the white space around an image, so a mark comes back on a line of its own.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +35,7 @@ def to_turns(value: Any, name: str, key: str) -> tuple[records.Turn, ...]:
         raise _malformed(name, f"{key}={value!r:.80}; it must be a text or a list of messages; mend it.")
     turns = []
     for i, message in enumerate(value):
-        where = f"{key}[{i}]"
+        where, message = f"{key}[{i}]", _object(message)
         if not isinstance(message, dict):
             raise _malformed(name, f"{where}={message!r:.80}; a message is an object; mend it.")
         message = {k: v for k, v in message.items() if v is not None}  # parquet writes absent keys as nulls
@@ -81,6 +82,7 @@ def _text(content: Any, name: str, where: str) -> str:
         raise _malformed(name, f"{where}.content={content!r:.80}; it must be a text or a list of items; mend it.")
     text, after_image = "", False
     for item in content:
+        item = _object(item)
         item = {k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else item
         match item:
             case {"type": "image", **rest} if not rest:
@@ -96,6 +98,16 @@ def _text(content: Any, name: str, where: str) -> str:
                     "...}, and image files stand in the row's 'images'; mend it.",
                 )
     return text
+
+
+def _object(value: Any) -> Any:
+    """Returns what a text of JSON holds: `datasets` 5 stores messages and items of unequal keys as such in parquet."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
 
 
 def _malformed(name: str, fault: str) -> bad_samples.SampleError:

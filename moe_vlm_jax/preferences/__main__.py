@@ -40,7 +40,7 @@ def annotate(args: argparse.Namespace) -> None:
     session = annotate_lib.Session(_read_candidates(args), args.marks, args.annotator)
     try:
         if args.terminal:
-            terminal.run(session)
+            terminal.run(session, sys.stdin, sys.stdout)
         else:
             _serve(session, args.host, args.port)
     finally:

@@ -19,6 +19,7 @@ import json
 import re
 import secrets
 import socket
+import sys
 import urllib.parse
 
 from absl import logging
@@ -50,7 +51,7 @@ class Server(http.server.ThreadingHTTPServer):
           ValueError: the address cannot be had.
         """
         self.session = session
-        self._names = {"localhost", host.lower(), socket.gethostname().lower()}
+        self._names = {"localhost", host.lower(), socket.gethostname().lower()} - {""}
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
@@ -58,6 +59,11 @@ class Server(http.server.ThreadingHTTPServer):
             raise ValueError(
                 f"cannot listen on {host}, port {port} ({error}); give another --host or --port."
             ) from error
+
+    def handle_error(self, request, client_address) -> None:
+        """Passes over clients that went away; a page that is closed while an image loads is no fault."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

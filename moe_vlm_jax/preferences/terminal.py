@@ -1,7 +1,6 @@
 """Annotation without a browser: prints an item, reads a line."""
 
 import os
-import sys
 import time
 from typing import TextIO
 
@@ -12,7 +11,7 @@ _CHOICES = {"1": "left", "2": "right", "t": "tie", "s": "skip"}
 _KEYS = "1 or 2 (better answer), t tie, s skip, u undo, q quit"
 
 
-def run(session: annotate.Session, source: TextIO = sys.stdin, target: TextIO = sys.stdout) -> None:
+def run(session: annotate.Session, source: TextIO, target: TextIO) -> None:
     """Shows items and reads marks until all are done, 'q', or the input's end; each mark is on the disk at once."""
     while (view := session.view()).index is not None:
         item = session.candidates[view.index]
