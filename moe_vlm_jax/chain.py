@@ -1,9 +1,12 @@
 """Chains of runs: which runs they are, what each takes from an earlier one, and where it is written.
 
-    <workdir>/<run>/         the workdir of each run
-    <workdir>/<run>/model/   the checkpoint that it leaves, in HF layout
+    <workdir>/<run>/              the workdir of each run
+    <workdir>/<run>/model/        the checkpoint that it leaves, in HF layout
+    <workdir>/<run>/adapter/      or, of a run of adapters, those, in PEFT's layout
+    <workdir>/<run>/pairs.jsonl   what it trains on, if that was sampled from an earlier run
 
-training.base='@stage1' is the checkpoint of the run stage1. Standard library only.
+training.base='@stage1' is the checkpoint of the run stage1, training.adapter='@sft' the adapter of the run sft, and
+preference.pairs='@sft' are pairs sampled from what sft leaves. Standard library only.
 """
 
 import dataclasses
@@ -24,9 +27,14 @@ def runs(config: config_lib.RunConfig | config_lib.Chain) -> dict[str, config_li
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
-def parent(run: config_lib.RunConfig) -> str | None:
-    """Returns the name of the run whose checkpoint a run starts from, or None."""
-    return run.training.base[1:] if run.training.base.startswith("@") else None
+def parents(run: config_lib.RunConfig) -> dict[str, str]:
+    """Returns {field: name} of the fields of a run that take something from another run of the chain."""
+    fields = {
+        "training.base": run.training.base,
+        "training.adapter": run.training.adapter,
+        "preference.pairs": run.preference.pairs,
+    }
+    return {field: value[1:] for field, value in fields.items() if value.startswith("@")}
 
 
 def model_folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
@@ -34,18 +42,39 @@ def model_folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
     return workdir / name / "model"
 
 
-def placed(run: config_lib.RunConfig, workdir: pathlib.Path) -> config_lib.RunConfig:
-    """Returns the run with the folder of its base in the place of '@NAME'."""
-    name = parent(run)
-    if name is None:
-        return run
-    training = dataclasses.replace(run.training, base=str(model_folder(workdir, name)))
-    return dataclasses.replace(run, training=training)
+def adapter_folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
+    """Returns where the run `name` of the chain in a workdir leaves its adapter."""
+    return workdir / name / "adapter"
+
+
+def pairs_file(workdir: pathlib.Path, name: str) -> pathlib.Path:
+    """Returns where the pairs lie that the run `name` of the chain in a workdir trains on."""
+    return workdir / name / "pairs.jsonl"
+
+
+def placed(run: config_lib.RunConfig, workdir: pathlib.Path, name: str) -> config_lib.RunConfig:
+    """Returns the run `name` with files in the place of '@NAME'; how pairs are sampled is the chain's business."""
+    taken = parents(run)
+    training, preference = run.training, run.preference
+    if "training.base" in taken:
+        training = dataclasses.replace(training, base=str(model_folder(workdir, taken["training.base"])))
+    if "training.adapter" in taken:
+        training = dataclasses.replace(training, adapter=str(adapter_folder(workdir, taken["training.adapter"])))
+    if "preference.pairs" in taken:
+        usual = config_lib.PreferenceConfig()
+        sampling = {field: getattr(usual, field) for field in ("num_pairs", "temperature", "top_p")}
+        preference = dataclasses.replace(preference, pairs=str(pairs_file(workdir, name)), **sampling)
+    return dataclasses.replace(run, training=training, preference=preference)
 
 
 def leaves_checkpoint(run: config_lib.RunConfig) -> bool:
     """Whether a run's result is a whole checkpoint; adapters and quantised bases are merged by moe_vlm_jax.merge."""
     return run.model.lora.rank == 0 and run.model.quant.kind == "none"
+
+
+def leaves_adapter(run: config_lib.RunConfig) -> bool:
+    """Whether a run's result is an adapter."""
+    return run.model.lora.rank > 0
 
 
 def validate(config: config_lib.RunConfig | config_lib.Chain) -> None:
@@ -65,7 +94,7 @@ def validate(config: config_lib.RunConfig | config_lib.Chain) -> None:
     mistakes = []
     for name, run in found.items():
         try:
-            validation.validate(placed(run, pathlib.Path()))
+            validation.validate(placed(run, pathlib.Path(), name))
         except ValueError as error:
             mistakes += [f"{name}.{line}" for line in str(error).splitlines()]
     mistakes = mistakes or list(_handovers(found))
@@ -74,23 +103,39 @@ def validate(config: config_lib.RunConfig | config_lib.Chain) -> None:
 
 
 def _handovers(found: Mapping[str, config_lib.RunConfig]) -> Iterator[str]:
-    """Yields what is wrong with the bases that runs take from each other."""
+    """Yields what is wrong with what runs take from each other."""
     before: list[str] = []
     for name, run in found.items():
-        source = parent(run)
-        where = f"{name}.training.base={run.training.base!r}"
-        if source is not None and source not in before:
-            known = f"use {' or '.join(f'@{earlier}' for earlier in before)}" if before else "give a folder"
-            reason = "itself" if source == name else "a later run" if source in found else "no run of this chain"
-            yield f"{where} names {reason}; only an earlier run's checkpoint can be a base; {known}."
-        elif source is not None and not leaves_checkpoint(found[source]):
-            yield (
-                f"{where} has adapters or a quantised base, not a whole checkpoint; end the chain with {source}, merge "
-                "it with python -m moe_vlm_jax.merge, and give the merged folder."
-            )
-        elif source is not None:
-            yield from _misfits(name, run.model, source, found[source].model)
+        for field, source in parents(run).items():
+            where = f"{name}.{field}='@{source}'"
+            if source not in before:
+                known = f"use {' or '.join(f'@{earlier}' for earlier in before)}" if before else "give a path"
+                reason = "itself" if source == name else "a later run" if source in found else "no run of this chain"
+                yield f"{where} names {reason}; only what an earlier run leaves can be taken; {known}."
+            elif field == "training.base" and not leaves_checkpoint(found[source]):
+                yield (
+                    f"{where} has adapters or a quantised base, not a whole checkpoint; end the chain with {source}, "
+                    "merge it with python -m moe_vlm_jax.merge, and give the merged folder; or take its adapter: "
+                    "training.adapter."
+                )
+            elif field == "training.base":
+                yield from _misfits(name, run.model, source, found[source].model)
+            elif field == "training.adapter" and not leaves_adapter(found[source]):
+                yield f"{where} has no adapters (model.lora.rank=0); take its checkpoint: training.base."
+            elif field == "training.adapter":
+                yield from _other_base(name, run, source, found[source])
         before.append(name)
+
+
+def _other_base(name: str, run: config_lib.RunConfig, source: str, held: config_lib.RunConfig) -> Iterator[str]:
+    """Yields in what a run is not on the base that the adapter it starts from was trained on."""
+    for field in ("base", "base_vision", "base_projector"):
+        mine, theirs = getattr(run.training, field), getattr(held.training, field)
+        if mine != theirs:
+            yield (
+                f"{name}.training.{field}={mine!r}, but its adapter was trained on {source}.training.{field}="
+                f"{theirs!r}; they must be equal; change one."
+            )
 
 
 def _misfits(name: str, model: config_lib.ModelConfig, source: str, held: config_lib.ModelConfig) -> Iterator[str]:

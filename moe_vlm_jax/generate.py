@@ -9,43 +9,16 @@ LLaVA). The answer goes to standard output, everything else to standard error.
 
 import argparse
 import dataclasses
-import pathlib
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-import jax
-from flax import nnx
+from collections.abc import Sequence
 
 from moe_vlm_jax import config as config_lib
+from moe_vlm_jax import ready
 from moe_vlm_jax.data import bad_samples, tokenize
-from moe_vlm_jax.data import images as images_lib
 from moe_vlm_jax.data import records as records_lib
 from moe_vlm_jax.decoding import generate as generate_lib
 from moe_vlm_jax.decoding import sampling
 from moe_vlm_jax.evaluation import runner
-from moe_vlm_jax.hf import configs
-from moe_vlm_jax.hf import load as hf_load
-from moe_vlm_jax.models import vlm
-from moe_vlm_jax.training import checkpoint, setup
-
-# What each family of checkpoints was trained with in the reference; HF's LLaVA-1.5 is a llama.
-TEMPLATES = {"phi": "phi", "stablelm": "stablelm", "qwen": "qwen", "qwen1_5": "qwen", "llama": "v1", "mistral": "v1"}
-
-
-class Source(NamedTuple):
-    """A model that can be asked.
-
-    Attributes:
-      config: of the run, or made from the checkpoint.
-      tokenizer, transform: for its text and its images.
-      load: returns (graphdef, params); the expensive part, so it comes last.
-    """
-
-    config: config_lib.RunConfig
-    tokenizer: Any
-    transform: images_lib.ImageTransform
-    load: Callable[[], tuple[nnx.GraphDef, nnx.State]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         useless = [name for name in ("tokenizer", "template", "vision", "dtype") if getattr(args, name) is not None]
         if args.workdir and useless:
             raise ValueError(f"--{useless[0]} has no effect with --workdir, whose config says it; leave it out.")
-        source = from_workdir(args.workdir) if args.workdir else from_checkpoint(args)
+        source = ready.from_workdir(args.workdir) if args.workdir else _checkpoint(args)
         generation = _generation(args, source.config.generation)
         text, stopped = ask(source, args.question, args.image, generation)
     except bad_samples.SampleError as error:
@@ -71,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def ask(
-    source: Source, question: str, images: Sequence[str], generation: config_lib.GenerationConfig
+    source: ready.Source, question: str, images: Sequence[str], generation: config_lib.GenerationConfig
 ) -> tuple[str, bool]:
     """Returns (answer, whether it ended by itself); everything the user may get wrong is found before the weights.
 
@@ -106,52 +79,9 @@ def ask(
     return runner.answer_prompts(graphdef, params, config, [tuple(images)], [prompt], tokenizer, source.transform)[0]
 
 
-def from_workdir(workdir: str) -> Source:
-    """Returns a run of this project, with its newest checkpoint."""
-    # One answer is computed on one device, or the same on each: the mesh of the training may not exist here.
-    config = dataclasses.replace(checkpoint.read_config(workdir), mesh=config_lib.MeshConfig())
-
-    def load() -> tuple[nnx.GraphDef, nnx.State]:
-        model = setup.make_model(config)
-        # Parameters that never trained are not in a checkpoint; they are made again as the run made them.
-        frozen = setup.initial_params(model, config)[1] if jax.tree.leaves(model.frozen) else model.frozen
-        trainable = checkpoint.newest(workdir, model.trainable, checkpoint.fingerprint(frozen))
-        return model.graphdef, nnx.merge_state(trainable, frozen)
-
-    return Source(
-        config=config,
-        tokenizer=tokenize.load_tokenizer(config.data.tokenizer),
-        transform=images_lib.transform_for(config.model.vision, config.data),
-        load=load,
-    )
-
-
-def from_checkpoint(args: argparse.Namespace) -> Source:
-    """Returns a checkpoint in HF layout; its tokenizer lies beside it unless --tokenizer says where."""
-    info = configs.read(args.checkpoint, vision=args.vision)
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    config = dataclasses.replace(info.config, compute_dtype=dtype, param_dtype=dtype)
-    template = args.template or TEMPLATES.get((info.family and info.family.llava) or "")
-    if template is None:
-        raise ValueError(f"the conversation template of {args.checkpoint!r} is not known; name it with --template.")
-    data = config_lib.DataConfig(
-        tokenizer=args.tokenizer or args.checkpoint,
-        template=template,
-        image_aspect="square" if info.raw.get("image_aspect_ratio") == "square" else "pad",
-    )
-    folders = [pathlib.Path(folder) for folder in (args.vision, args.checkpoint, info.vision_folder) if folder]
-    described = [folder for folder in folders if (folder / "preprocessor_config.json").is_file()]
-    if described:
-        transform = images_lib.transform_from_hf(described[0], aspect=data.image_aspect, max_pixels=data.max_pixels)
-    else:
-        transform = images_lib.transform_for(config.vision, data)
-
-    def load() -> tuple[nnx.GraphDef, nnx.State]:
-        graphdef, abstract = nnx.split(nnx.eval_shape(lambda: vlm.VLM(config, rngs=nnx.Rngs(0))))
-        return graphdef, hf_load.load_into(abstract, args.checkpoint, config, vision=args.vision).state
-
-    tokenizer = tokenize.load_tokenizer(data.tokenizer)
-    return Source(config_lib.RunConfig(model=config, data=data), tokenizer, transform, load)
+def _checkpoint(args: argparse.Namespace) -> ready.Source:
+    names = ("tokenizer", "template", "vision", "dtype")
+    return ready.from_checkpoint(args.checkpoint, **{name: getattr(args, name) for name in names})
 
 
 def _generation(args: argparse.Namespace, default: config_lib.GenerationConfig) -> config_lib.GenerationConfig:

@@ -15,90 +15,23 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import tree
 from moe_vlm_jax.data import images as images_lib
 from moe_vlm_jax.data import sources, tokenize
 from moe_vlm_jax.evaluation import agreement, runner
-from moe_vlm_jax.hf import adapter_readers, adapters, configs, load, names, readers, writers
+from moe_vlm_jax.hf import load, names, readers, writers
 from moe_vlm_jax.models import adapters as adapters_lib
 from moe_vlm_jax.models import merging, vlm
+from moe_vlm_jax.training import adapted, setup
 from moe_vlm_jax.training import base as base_lib
-from moe_vlm_jax.training import checkpoint, setup
 
 
-class Run(NamedTuple):
-    """A trained run.
-
-    Attributes:
-      config: with the mesh of this machine.
-      model: its structure.
-      base: all parameters of the base, with new adapters.
-      trained: what trained, of the newest checkpoint.
-      frozen: beside it; the base's, but for what an adapter that the run started from held whole.
-      info: the base checkpoint in HF layout, if there is one.
-      layout: how the base is written.
-    """
-
-    config: config_lib.RunConfig
-    model: setup.Model
-    base: nnx.State
-    trained: nnx.State
-    frozen: nnx.State
-    info: configs.Checkpoint | None
-    layout: str
-
-
-def open_run(workdir: str, layout: str | None) -> Run:
-    """Returns the run in a workdir with its newest checkpoint.
-
-    Args:
-      workdir: of the run.
-      layout: how to write the base; None is the way in which it was read, or moe_llava.
-    """
-    config = dataclasses.replace(checkpoint.read_config(workdir), mesh=config_lib.MeshConfig())
-    if config.model.lora.rank == 0:
-        raise ValueError(f"the run in {workdir!r} has model.lora.rank=0, so no adapters to merge; give a LoRA run.")
-    training, info = config.training, None
-    if training.base and not base_lib.is_saved(training.base):
-        info = configs.read(training.base, vision=training.base_vision or None)
-    if layout is None:
-        experts = any(config.model.layer_experts)
-        layout = info.layout if info is not None and info.layout == "llava" and not experts else "moe_llava"
-    model = setup.make_model(config)
-    bare = dataclasses.replace(config, training=dataclasses.replace(training, adapter=""))
-    initial, frozen = setup.initial_params(model, bare)
-    base = nnx.merge_state(initial, frozen)
-    if training.adapter:
-        frozen = setup.initial_params(model, config)[1]
-    trained = checkpoint.newest(workdir, model.trainable, checkpoint.fingerprint(frozen))
-    return Run(config, model, base, trained, frozen, info, layout)
-
-
-def write_adapter(run: Run, target: pathlib.Path) -> list[str]:
-    """Writes what is not the base's as an adapter folder, reads it back, and returns what to tell the user."""
-    fingerprint = checkpoint.fingerprint(adapters_lib.split(run.base)[0])
-    bare = tree.leaves(run.base)
-    held = [(path, v) for path, v in nnx.to_flat_state(run.frozen) if not _equal(v, bare["/".join(map(str, path))])]
-    params = nnx.merge_state(run.trained, nnx.from_flat_state(held)) if held else run.trained
-    source = run.config.training.base or f"random weights of seed {run.config.training.seed}"
-    where = {"layout": run.layout, "base": run.info}
-    model = run.config.model
-    written = adapters.write_adapter(target, params, model, source=source, fingerprint=fingerprint, **where)
-    again = adapter_readers.load_adapter(target, model, base_fingerprint=fingerprint, **where)
-    if not _equal(adapter_readers.placed(params, again.leaves), params):
-        raise ValueError(f"the adapter in {target} differs from the run's when it is read again; check the disk.")
-    return [f"{len(written.tensors)} tensors, {written.bytes / 2**20:.1f} MiB, equal when read again"]
-
-
-def merge(run: Run, target: pathlib.Path, dtype: str | None, batches: list[batch_lib.Batch]) -> agreement.Merge:
+def merge(run: adapted.Run, target: pathlib.Path, dtype: str | None, batches: list[batch_lib.Batch]) -> agreement.Merge:
     """Writes the merged model and returns how far it is from base + adapter.
 
     Args:
@@ -140,7 +73,7 @@ def merge(run: Run, target: pathlib.Path, dtype: str | None, batches: list[batch
     )
 
 
-def prompts(run: Run, file: str | None, image_folder: str, count: int) -> list[batch_lib.Batch]:
+def prompts(run: adapted.Run, file: str | None, image_folder: str, count: int) -> list[batch_lib.Batch]:
     """Returns prompts of the run's own data (held out if it has any), or of a file of LLaVA's JSON."""
     data = run.config.data
     split = data.eval_split or data.split
@@ -153,25 +86,21 @@ def prompts(run: Run, file: str | None, image_folder: str, count: int) -> list[b
     return agreement.prompt_batches(chosen, run.config, tokenizer, transform)
 
 
-def _equal(first: Any, second: Any) -> bool:
-    return jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), first, second))
-
-
-def _bare(run: Run, **changes) -> config_lib.RunConfig:
+def _bare(run: adapted.Run, **changes) -> config_lib.RunConfig:
     """Returns the run's config without adapters, everything frozen."""
     model = dataclasses.replace(run.config.model, lora=config_lib.LoraConfig(), **changes)
     training = dataclasses.replace(run.config.training, adapter="", trainable=(), frozen=(".*",))
     return dataclasses.replace(run.config, model=model, training=training)
 
 
-def _graphdef(run: Run, *, with_lora: bool) -> nnx.GraphDef:
+def _graphdef(run: adapted.Run, *, with_lora: bool) -> nnx.GraphDef:
     """Returns the model's structure, computing in float32."""
     lora = run.model.config.lora if with_lora else config_lib.LoraConfig()
     config = dataclasses.replace(run.model.config, compute_dtype="float32", lora=lora)
     return nnx.split(nnx.eval_shape(lambda: vlm.VLM(config, rngs=nnx.Rngs(0))))[0]
 
 
-def _float_base(run: Run) -> nnx.State:
+def _float_base(run: adapted.Run) -> nnx.State:
     """Returns the base as it was before it was quantised."""
     config = _bare(run, quant=config_lib.QuantConfig())
     base = config.training.base
@@ -186,7 +115,7 @@ def _float_base(run: Run) -> nnx.State:
     return setup.initial_params(setup.make_model(config), config)[1]
 
 
-def _loaded(run: Run, target: pathlib.Path, dtype: str | None) -> nnx.State:
+def _loaded(run: adapted.Run, target: pathlib.Path, dtype: str | None) -> nnx.State:
     """Returns the written model, read from the folder."""
     if dtype is None:
         config = _bare(run)
@@ -228,9 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if target.exists():
             raise ValueError(f"{args.target!r} exists already; give a folder that does not.")
         shutil.rmtree(partial, ignore_errors=True)  # of a merge that was interrupted
-        run = open_run(args.workdir, args.to)
+        run = adapted.open_run(args.workdir, args.to)
         if args.adapter_only:
-            said = write_adapter(run, partial)
+            said = adapted.write_adapter(run, partial)
         else:
             if args.requantize and run.config.model.quant.kind == "none":
                 raise ValueError("--requantize has no effect on a base that is not quantised; leave it out.")

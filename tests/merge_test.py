@@ -15,7 +15,7 @@ from moe_vlm_jax import merge, tree
 from moe_vlm_jax.evaluation import agreement
 from moe_vlm_jax.hf import adapter_readers, configs, load, readers, writers
 from moe_vlm_jax.models import adapters, merging, vlm
-from moe_vlm_jax.training import base, checkpoint, setup, stages
+from moe_vlm_jax.training import adapted, base, checkpoint, setup, stages
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import state as state_lib
 from tests.training import examples
@@ -92,7 +92,7 @@ def test_merged_checkpoint_has_the_logits_of_the_run(quantised, tmp_path, capsys
     # Independently of the command: the folder, read as a checkpoint, on a batch of random text.
     info = configs.read(target)
     assert info.config.lora.rank == 0
-    run = merge.open_run(str(quantised), None)
+    run = adapted.open_run(str(quantised), None)
     batch = jax.tree.map(lambda x: x[0], examples.random_batch(run.config, rows=2, length=23, seed=6))
     config = dataclasses.replace(info.config, compute_dtype="float32")
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: vlm.VLM(config, rngs=nnx.Rngs(0))))
@@ -115,7 +115,7 @@ def test_quantised_again_it_is_a_base_for_another_run(quantised, tmp_path, capsy
     target = tmp_path / "merged"
     assert merge.main(["--workdir", str(quantised), "--target", str(target), "--requantize"]) == 0
     assert base.is_saved(str(target))
-    run = merge.open_run(str(quantised), None)
+    run = adapted.open_run(str(quantised), None)
     config = with_base(dataclasses.replace(merge._bare(run)), target)
     params = setup.initial_params(setup.make_model(config), config)[1]
     expected = merging.merged(nnx.merge_state(run.trained, run.frozen), LORA, dtype=None)
@@ -165,7 +165,7 @@ def test_adapters_and_routers_alone_go_to_pefts_folder(quantised, tmp_path, caps
     assert merge.main(["--workdir", str(quantised), "--target", str(target), "--adapter-only"]) == 0
     assert "equal when read again" in capsys.readouterr().out
     recorded = json.loads((target / "adapter_base.json").read_text())
-    run = merge.open_run(str(quantised), None)
+    run = adapted.open_run(str(quantised), None)
     assert recorded["base"]["fingerprint"] == checkpoint.fingerprint(adapters.split(run.base)[0])
     assert recorded["base"]["source"] == run.config.training.base
     assert recorded["quant"]["kind"] == "nf4"
