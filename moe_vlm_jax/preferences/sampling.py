@@ -91,7 +91,9 @@ def sample(
     # Chunks in front of the one that holds the last candidate were asked to their end.
     place = {questions[i].id: number for number, chunk in enumerate(chunks) for i in chunk}
     if foreign := sorted(known - set(place)):
-        raise ValueError(f"{str(path)!r} has candidates of other questions ({foreign[0]!r}); name a file that does not.")
+        raise ValueError(
+            f"{str(path)!r} has candidates of other questions ({foreign[0]!r}); name a file that does not."
+        )
     first = max((place[name] for name in known), default=0)
     number = first if not enough(found) else len(chunks)
     asked = sum(len(chunk) for chunk in chunks[: first + 1]) if known else 0

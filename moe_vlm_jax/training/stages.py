@@ -20,6 +20,11 @@ LORA_AND_ROUTERS = Stage(
     trainable=(r".*/lora_[ab]", r"decoder/.*/router/kernel"), frozen=(r"(?!.*/router/).*/(?!lora_[ab]$)\w+",)
 )
 
+# Adapters of the language model alone: those of the tower and the projector, if there are any, rest.
+LORA_OF_DECODER = Stage(
+    trainable=(r"decoder/.*/lora_[ab]",), frozen=(r".*/(?!lora_[ab]$)\w+", r"(vision|projector)/.*/lora_[ab]")
+)
+
 EVERYTHING = Stage(trainable=(".*",), frozen=())
 
 # I: the projector alone learns to speak to a finished language model.
