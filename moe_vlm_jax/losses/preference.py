@@ -13,7 +13,7 @@ d = log policy(answer) - log reference(answer), n the answer's tokens, w the cho
     orpo           beta S(log odds_w - log odds_l), odds of exp(log p / n)         ORPO, 2403.07691 eq. 7
 
 S(m) = -log sigmoid(m). The last two have no reference, and that of ORPO is its second term only: eq. 6 adds
-`sft_loss`, with weight 1. The values are TRL's (tests/losses/trl_values.py); kto_pair's gradient is the paper's.
+`sft_loss`, with weight 1. All give TRL's values (tests/losses/trl_values.py).
 
 A batch is a static array with room for N pairs, of which some are `valid`; nothing of the others, be it NaN, reaches a
 value or a gradient. Losses of pairs are to be summed and divided by the number of pairs of all micro-batches.
@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 
 
 class PairLoss(NamedTuple):
-    """Attributes: loss float32[N], 0 where not valid; rewards float32[N] each, no gradient, 0 where not valid.
+    """Attributes: loss float32[N]; rewards float32[N] of both answers. Both are 0 where there is no pair.
 
     The reward of an answer is DPO's implicit one, beta (log policy - log reference), however the loss normalises it;
     without a reference it is beta times the mean log-prob of its tokens.
@@ -105,8 +105,7 @@ def preference_loss(
             loss = beta * _sigmoid_loss(_margin(Pair(*(_log_odds(score) for score in scores))))
         case _:
             raise AssertionError(f"{kind!r} is in KINDS and has no formula")
-    rewards = Pair(*(jax.lax.stop_gradient(beta * score) for score in scores))
-    return PairLoss(jnp.where(valid, loss, 0.0), rewards)
+    return PairLoss(jnp.where(valid, loss, 0.0), Pair(*(beta * score for score in scores)))
 
 
 def sft_loss(policy: Pair, valid: jax.Array, *, num_chosen_tokens: jax.Array) -> jax.Array:
@@ -189,7 +188,7 @@ def _check(kind: str, reference: Pair | None, *, beta: float, label_smoothing: f
 
 def _masked(logps: Pair, valid: jax.Array) -> Pair:
     """Zeros where there is no pair: masking the loss alone would turn NaN there into a NaN gradient."""
-    return Pair(*(jnp.where(valid, x.astype(jnp.float32), 0.0) for x in logps))
+    return Pair(*(jnp.where(valid, x, 0.0) for x in logps))
 
 
 def _per_token(scores: Pair, num_tokens: Pair) -> Pair:
@@ -218,7 +217,7 @@ def _kto_pair(scores: Pair, valid: jax.Array, beta: float) -> jax.Array:
     """KTO on the two answers of each pair, each against the other side's estimate of the KL divergence.
 
     The estimate is a mean over the pairs of this call, so micro-batches have one each. It is a constant in the
-    gradient, as the paper and TRL's KTOTrainer have it; TRL's own kto_pair (until 0.9.4) differentiated it.
+    gradient, as in TRL's KTOTrainer; TRL's kto_pair (last in 0.9.4) differentiated it.
     """
     num_pairs = jnp.maximum(jnp.sum(valid), 1)
     chosen_kl, rejected_kl = (jax.lax.stop_gradient(jnp.maximum(jnp.sum(x) / num_pairs, 0.0)) for x in scores)

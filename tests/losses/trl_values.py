@@ -21,6 +21,7 @@ import json
 import pathlib
 import random
 import types
+from typing import Any
 
 import torch
 import trl
@@ -59,10 +60,11 @@ def to_rows(answers: list[list[float]]) -> torch.Tensor:
     return rows
 
 
-def trainer_of(kind: type, **attributes) -> types.SimpleNamespace:
+def make_trainer(kind: type, **attributes: Any) -> Any:
+    """Returns a trainer that was never initialised, on one process and the CPU."""
+    alone = types.SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x)
     trainer = object.__new__(kind)
-    same = types.SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x)
-    vars(trainer).update(attributes, accelerator=same)
+    vars(trainer).update(attributes, accelerator=alone)
     return trainer
 
 
@@ -106,12 +108,22 @@ def run_dpo_trainer(pairs: dict, kind: str, beta: float, label_smoothing: float)
     mask = torch.nn.functional.pad((streams["reference"] != 0).long(), (1, 0))
 
     policy, reference = Model(streams["policy"]), Model(streams["reference"])
-    trainer = trainer_of(
+    trainer = make_trainer(
         trl.DPOTrainer,
-        **{"model": policy, "ref_model": reference, "beta": beta, "label_smoothing": label_smoothing},
-        **{"loss_types": [kind], "loss_weights": [1.0], "f_divergence_type": "reverse_kl"},
-        **{"ld_alpha": None, "use_weighting": False, "aux_loss_enabled": False, "precompute_ref_logps": False},
-        **{"args": types.SimpleNamespace(gradient_checkpointing_kwargs=None), "_tp_size": 1, "_total_train_tokens": 0},
+        model=policy,
+        ref_model=reference,
+        loss_types=[kind],
+        loss_weights=[1.0],
+        beta=beta,
+        label_smoothing=label_smoothing,
+        f_divergence_type="reverse_kl",
+        ld_alpha=None,
+        use_weighting=False,
+        aux_loss_enabled=False,
+        precompute_ref_logps=False,
+        args=types.SimpleNamespace(gradient_checkpointing_kwargs=None),
+        _tp_size=1,
+        _total_train_tokens=0,
         _metrics={"train": collections.defaultdict(list)},
     )
     inputs = {"input_ids": mask, "attention_mask": mask, "completion_mask": mask}
@@ -158,12 +170,18 @@ def reference_free_case(kind: str, name: str, **options: float) -> dict:
     trainer = {"simpo": CPOTrainer, "orpo": ORPOTrainer}[kind]
     (chosen, chosen_rows), (rejected, rejected_rows) = (mean_logps(trainer, PAIRS[name]["policy"][s]) for s in SIDES)
     if kind == "simpo":
-        attributes = {"beta": options["beta"], "label_smoothing": options["label_smoothing"], "alpha": 0.0}
-        made = trainer_of(trainer, loss_type=kind, simpo_gamma=options["gamma"], **attributes)
+        made = make_trainer(
+            trainer,
+            loss_type=kind,
+            alpha=0.0,
+            beta=options["beta"],
+            label_smoothing=options["label_smoothing"],
+            simpo_gamma=options["gamma"],
+        )
         losses, *rewards = made.cpo_loss(chosen, rejected)
     else:
         # ORPOTrainer subtracts what this returns from the chosen answers' cross-entropy.
-        losses, *rewards = trainer_of(trainer, beta=options["beta"]).odds_ratio_loss(chosen, rejected)[:3]
+        losses, *rewards = make_trainer(trainer, beta=options["beta"]).odds_ratio_loss(chosen, rejected)[:3]
         losses = -losses
     losses.mean().backward()
     gradient = [rows.grad[:, PROMPT - 1] for rows in (chosen_rows, rejected_rows)]
@@ -197,10 +215,8 @@ def old_dpo_case(kind: str, name: str, beta: float, label_smoothing: float) -> d
         for side, answers in sides.items()
     }
     policy = [sums["policy", side].requires_grad_() for side in SIDES]
-    trainer = trainer_of(
-        trl.DPOTrainer,
-        **{"beta": beta, "label_smoothing": label_smoothing, "loss_type": kind},
-        reference_free=False,
+    trainer = make_trainer(
+        trl.DPOTrainer, loss_type=kind, beta=beta, label_smoothing=label_smoothing, reference_free=False
     )
     losses, *rewards = trainer.dpo_loss(*policy, *(sums["reference", side] for side in SIDES))
     losses.mean().backward()
