@@ -165,8 +165,9 @@ def make_pairs(config: config_lib.RunConfig, name: str, workdir: pathlib.Path) -
     print(made.report())
     if not made.pairs:
         raise ValueError(
-            f"{name}.preference.pairs: {found.asked} questions gave no pair of which one answer is better (see the counts "
-            "above); raise preference.temperature, or mark candidates.jsonl by hand and give the file of pairs."
+            f"{name}.preference.pairs: {found.asked} questions gave no pair of which one answer is better "
+            "(see the counts above); raise preference.temperature, or mark candidates.jsonl by hand and give the file "
+            "of pairs."
         )
     if len(made.pairs) < settings.num_pairs:
         logging.warning("%d pairs came of all questions, fewer than num_pairs=%d", len(made.pairs), settings.num_pairs)
@@ -185,7 +186,8 @@ def _check_run(config: config_lib.RunConfig, workdir: pathlib.Path, *, taken: Ma
     if "preference.pairs" in taken and jax.process_count() > 1:
         raise ValueError(
             f"preference.pairs='@{taken['preference.pairs']}' samples on one machine, and this run has "
-            f"{jax.process_count()} processes; sample with python -m moe_vlm_jax.preferences generate, and name the file."
+            f"{jax.process_count()} processes; sample with python -m moe_vlm_jax.preferences generate, and give "
+            "the file."
         )
     for split in filter(None, (config.data.split, config.data.eval_split)):
         sources.load_records(config.data, split)

@@ -419,9 +419,9 @@ def _preference(config: config_lib.RunConfig) -> Iterator[str]:
             )
     if model.moe.dispatch == "capacity" and (model.moe.capacity_group != "row" or config.data.pack):
         yield (
-            f"model.moe.capacity_group={model.moe.capacity_group!r} with data.pack={config.data.pack} lets pairs compete "
-            "for the slots of experts, so a log-prob would depend on the other pairs of its batch; use 'row' and "
-            "data.pack=False, or dispatch='dropless'."
+            f"model.moe.capacity_group={model.moe.capacity_group!r} with data.pack={config.data.pack} lets pairs "
+            "compete for the slots of experts, so a log-prob would depend on the other pairs of its batch; use 'row' "
+            "and data.pack=False, or dispatch='dropless'."
         )
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from PIL import Image
 
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import generate
+from moe_vlm_jax import generate, ready
 from moe_vlm_jax.data import images as images_lib
 from moe_vlm_jax.data import records as records_lib
 from moe_vlm_jax.data import tokenize
@@ -97,13 +97,13 @@ def test_a_run_answers_with_its_newest_checkpoint(trained, picture, capsys):
 def loaded(trained, monkeypatch) -> None:
     """Answers from the model in memory: restoring it is tested once, above."""
     _, config, graphdef, params = trained
-    source = generate.Source(
+    source = ready.Source(
         config=config,
         tokenizer=tokenize.load_tokenizer("closed"),
         transform=images_lib.transform_for(config.model.vision, config.data),
         load=lambda: (graphdef, params),
     )
-    monkeypatch.setattr(generate, "from_workdir", lambda workdir: source)
+    monkeypatch.setattr(ready, "from_workdir", lambda workdir: source)
 
 
 @pytest.mark.usefixtures("loaded")
@@ -175,7 +175,7 @@ def test_the_template_of_every_golden_checkpoint_follows_from_its_family(goldens
     assert folders
     for folder in folders:
         args = generate._parser().parse_args([*of_checkpoint(goldens, folder), "--question", "?"])
-        source = generate.from_checkpoint(args)
+        source = generate._checkpoint(args)
         assert source.config.data.template == folder.parent.name.partition("_")[0].replace("phi2", "phi")
         assert source.transform.size == source.config.model.vision.image_size
 

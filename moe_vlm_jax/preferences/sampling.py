@@ -119,8 +119,8 @@ def _earlier(path: pathlib.Path, settings: Settings) -> list[candidates_lib.Cand
     for candidate in found:
         if {key: candidate.sampling.get(key) for key in mine} != mine:
             raise ValueError(
-                f"{str(path)!r} was sampled with {dict(candidate.sampling)}, not with {mine}; name a file that does not "
-                "exist, or give the same settings."
+                f"{str(path)!r} was sampled with {dict(candidate.sampling)}, not with {mine}; name a file "
+                "that does not exist, or give the same settings."
             )
     return found
 

@@ -103,7 +103,8 @@ def preferences(
       learning_rate: at the peak.
       batch_size: rows of a micro-batch.
     """
-    config.model.lora.dropout = 0.0
+    model = config.model
+    model.lora.dropout, model.decoder.embed_dropout, model.decoder.residual_dropout = 0.0, 0.0, 0.0
     config.optimizer.learning_rate = learning_rate
     training = config.training
     training.trainable, training.frozen = stages.LORA_OF_DECODER
