@@ -93,8 +93,9 @@ def test_rlhf_v_and_rlaif_v_are_read(tmp_path, picture, form, row):
     assert one == pairs.Pair("d.parquet[0]", (examples.encoded(),), ASKED, "red", "blue", source)
     assert not ignored
     lines = [row, row | {"image": "a.png"}, row | {"image": {"bytes": None, "path": "a.png"}}]
+    lines.append(row | {"image": {"bytes": None, "path": None}})
     found, *_ = read(form, write_lines(tmp_path / "d.jsonl", *lines))
-    assert found == [dataclasses.replace(one, id=f"d.jsonl:{i}", images=(str(picture),)) for i in (1, 2, 3)]
+    assert found == [dataclasses.replace(one, id=f"d.jsonl:{i}", images=(str(picture),)) for i in (1, 2, 3, 4)]
 
 
 def test_the_files_of_a_folder_are_one_data_set(tmp_path):
