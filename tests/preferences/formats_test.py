@@ -268,3 +268,15 @@ def test_imported_images_are_files_beside_the_pairs(tmp_path):
     (written,) = (tmp_path / "out" / "images").iterdir()
     assert pair.images == (str(written),)
     assert (written.suffix, written.read_bytes()) == (".webp", examples.encoded("WEBP"))
+
+
+def test_a_parquet_file_is_read_a_part_at_a_time(tmp_path):
+    size, groups = 100_000, 10
+    path = tmp_path / "d.parquet"
+    with parquet.ParquetWriter(path, pyarrow.schema([("image", pyarrow.binary())]), compression="none") as writer:
+        for i in range(groups):
+            writer.write_table(pyarrow.table({"image": [bytes([i, k]) * (size // 2) for k in range(64)]}))
+    before = pyarrow.total_allocated_bytes()
+    held = [pyarrow.total_allocated_bytes() - before for _ in tables.rows([str(path)])]
+    assert len(held) == groups * 64
+    assert max(held) < path.stat().st_size / 2
