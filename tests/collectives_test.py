@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from moe_vlm_jax import collectives, hlo
+from tests import xla
 
 ROOT = pathlib.Path(__file__).parents[1]
 MESH = {"data": 2, "expert": 4}
@@ -60,7 +61,7 @@ def programs() -> dict[str, str]:
 def texts() -> dict[str, str]:
     # The number of fake devices is fixed when JAX starts, so they need a process of their own.
     script = "import json; from tests import collectives_test; print(json.dumps(collectives_test.programs()))"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(num_devices=8)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

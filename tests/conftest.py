@@ -3,8 +3,9 @@
 import os
 import pathlib
 
-# Most of the suite's time is compilation, of programs that run once; must be set before jax starts its backend.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+from tests import xla
+
+os.environ.setdefault("XLA_FLAGS", xla.flags())  # before jax starts its backend
 
 import jax
 import pytest

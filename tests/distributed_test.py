@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
+from tests import xla
+
 ROOT = pathlib.Path(__file__).parents[1]
 TIMEOUT = 400  # seconds after which processes hang; a loaded machine needs several times what an idle one does
 
@@ -52,9 +54,7 @@ def part(name: str, folder: pathlib.Path, environment: Mapping[str, str], proces
     """Starts one process of a part of distributed_worker.py."""
     log = folder / f"{name}.{process}.log"
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-    # Programs run once or twice: compiling them well costs more than it gives.
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    settings = cache | environment | {"XLA_FLAGS": f"{environment.get('XLA_FLAGS', '')} {quick}"}
+    settings = cache | {"XLA_FLAGS": xla.flags()} | environment
     return {log: start(["-m", "tests.distributed_worker", name, str(folder)], log, settings)}
 
 
@@ -63,7 +63,7 @@ def runs(tmp_path_factory) -> pathlib.Path:
     """The folder in which one, two and four processes have trained."""
     folder = tmp_path_factory.mktemp("runs")
     explicit = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
-    two_devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    two_devices = {"XLA_FLAGS": xla.flags(num_devices=2)}
     processes = part("alone", folder, {})
     for i in range(2):
         processes |= part("two", folder, {**explicit, **two_devices, "JAX_PROCESS_ID": str(i)}, i)

@@ -17,6 +17,7 @@ from moe_vlm_jax import sharding, tree
 from moe_vlm_jax.models import adapters, vlm
 from moe_vlm_jax.training import checkpoint, setup, stages, steps
 from moe_vlm_jax.training import optimizer as optimizer_lib
+from tests import xla
 from tests.training import examples
 
 VARIANTS = {
@@ -118,7 +119,7 @@ def test_eight_devices_compute_what_one_computes_and_take_over_its_checkpoint(ad
     # The number of fake devices is fixed when JAX starts, so they need a process of their own.
     call = f"sharding_test.two_steps({mesh}, {str(tmp_path)!r}, {adapted})"
     script = f"import json; from tests import sharding_test; print(json.dumps({call}))"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(num_devices=8)}
     root = pathlib.Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]

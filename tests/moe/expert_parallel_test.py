@@ -27,6 +27,7 @@ from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.models import adapters, vlm
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import setup, stages
+from tests import xla
 from tests.training import examples
 
 MESHES = {
@@ -151,9 +152,7 @@ def on_eight_devices(call: str, module: str = "expert_parallel_test"):
     """
     script = f"import json; from tests.moe.{module} import *; print(json.dumps({call}))"
     # Compiling is nearly all of the time, and tiny programs need no good code.
-    xla = "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
-    xla += " --xla_backend_optimization_level=0"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(num_devices=8)}
     root = pathlib.Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -14,6 +14,7 @@ from moe_vlm_jax.models import adapters, presets
 from moe_vlm_jax.planning import memory
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import setup, stages
+from tests import xla
 from tests.planning import examples
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -105,7 +106,7 @@ def test_a_device_of_eight_holds_its_share():
     # The number of fake devices is fixed when JAX starts, so they need a process of their own.
     call = "memory_test.shares_of_devices({'fsdp': 2, 'expert': 2, 'tensor': 2})"
     script = f"import json; from tests.planning import memory_test; print(json.dumps({call}))"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(num_devices=8)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     spread = {name: memory.Group(*group) for name, group in json.loads(done.stdout.splitlines()[-1]).items()}

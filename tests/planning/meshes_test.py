@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from moe_vlm_jax.planning import meshes, plan, shapes, targets
+from tests import xla
 from tests.planning import examples
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -49,8 +50,7 @@ def search() -> dict:
     # The number of fake devices is fixed when JAX starts, so they need a process of their own.
     script = "import json; from tests.planning import meshes_test; print(json.dumps(meshes_test.found()))"
     # Nothing runs: machine code need not be good.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(num_devices=8)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_vlm_jax.quant import tensor
+from tests import xla
 
 NF4 = tensor.Format("nf4", 64, double=True)
 FORMATS = [tensor.Format(kind, block, double) for kind in tensor.KINDS for block in (64, 0) for double in (False, True)]
@@ -247,7 +248,7 @@ def test_eight_devices_dequantise_their_parts_to_the_values_of_one():
     # The number of fake devices is fixed when JAX starts, so they need a process of their own.
     call = "tensor_test.dequantised_on_eight_devices()"
     script = f"import json; from tests.quant import tensor_test; print(json.dumps({call}))"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(num_devices=8)}
     root = pathlib.Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
