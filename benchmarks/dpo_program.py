@@ -102,7 +102,7 @@ def measure(remat: str) -> dict[str, float]:
     """Returns the figures of one remat policy."""
     shape = SHAPE
     config = dpo_workload.run_config(shape, quantised=True)
-    config.model.remat = remat
+    config.model.remat, config.model.scan_unroll = remat, 1  # one body of a loop: the counter knows how often it runs
     config.training.loss_chunk = 256
     batch = dpo_workload.make_batch(config, shape)
     separate = dpo_workload.make_batch(config, shape._replace(shared=False))

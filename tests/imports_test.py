@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "planning": {"training", "models", "quant", "cost", "collectives", "traffic"},
     "decoding": {"models"},
     "evaluation": {"decoding", "data"},
-    "preferences": {"evaluation", "decoding", "data"},
+    "preferences": {"evaluation", "decoding", "data", "ready"},
     "chain": {"config", "validation"},
     "command_line": {"config", "validation", "chain"},
     "assets": set(),

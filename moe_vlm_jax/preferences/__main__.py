@@ -1,5 +1,6 @@
 """Pairs of answers: sampled, marked by rule or by people, and exchanged with other tools.
 
+    python -m moe_vlm_jax.preferences generate  --workdir runs/sft --num 1000 --target C.jsonl
     python -m moe_vlm_jax.preferences prefer    --candidates C.jsonl --target pairs.jsonl
     python -m moe_vlm_jax.preferences annotate  --candidates C.jsonl --marks marks.jsonl --annotator ana
     python -m moe_vlm_jax.preferences collect   --candidates C.jsonl --marks marks.jsonl --target pairs.jsonl
@@ -12,19 +13,59 @@ See docs/preferences.md for the files and formats.
 
 import argparse
 import collections
+import dataclasses
 import os
+import pathlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_vlm_jax.data import bad_samples, pairs
+from moe_vlm_jax import ready
+from moe_vlm_jax.data import bad_samples, pairs, sources
 from moe_vlm_jax.preferences import agreement as agreement_lib
 from moe_vlm_jax.preferences import annotate as annotate_lib
 from moe_vlm_jax.preferences import candidates as candidates_lib
 from moe_vlm_jax.preferences import collect as collect_lib
-from moe_vlm_jax.preferences import formats, server, terminal
+from moe_vlm_jax.preferences import formats, sampling, server, terminal
 from moe_vlm_jax.preferences import prefer as prefer_lib
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Samples two different responses to each of many questions."""
+    source = ready.from_workdir(args.workdir) if args.workdir else ready.from_checkpoint(args.checkpoint)
+    data = source.config.data
+    if args.questions:
+        data = dataclasses.replace(
+            data, source="llava", path=args.questions, image_folder=args.image_folder, answer_types=()
+        )
+    elif args.checkpoint:
+        raise ValueError("--checkpoint says nothing of questions; give a file with --questions.")
+    questions = sources.load_records(data, args.split or data.split)
+    for image in dict.fromkeys(image for record in questions for image in record.images):
+        source.transform.check(image)
+    graphdef, params = source.load()
+    found = sampling.sample(
+        graphdef,
+        params,
+        source.config,
+        questions,
+        source.tokenizer,
+        source.transform,
+        pathlib.Path(args.target),
+        settings=sampling.Settings(
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            attempts=args.attempts,
+            max_new_tokens=args.max_new_tokens or source.config.generation.max_new_tokens,
+        ),
+        enough=lambda candidates: len(candidates) >= args.num,
+    )
+    print(f"{found.asked} questions asked, {found.equal} of them gave one response at {args.attempts} attempts")
+    print(f"{args.target} holds {len(found.candidates)} candidates")
+    if len(found.candidates) < args.num:
+        raise ValueError(f"these are all, fewer than --num {args.num}; ask more questions or raise --temperature.")
 
 
 def prefer(args: argparse.Namespace) -> None:
@@ -150,6 +191,22 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     # In the order in which they are used.
+    command = _command(commands, "generate", generate)
+    model = command.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", help="folder of a run, e.g. runs/sft")
+    model.add_argument("--checkpoint", help="folder of a checkpoint in HF layout, with its tokenizer")
+    command.add_argument("--num", type=int, required=True, help="candidates to make")
+    command.add_argument("--target", required=True, help="file of candidates; one that is there is continued")
+    command.add_argument("--questions", help="JSON of LLaVA's kind (default: the run's own data)")
+    command.add_argument("--image-folder", default="", help="images of --questions are relative to it")
+    command.add_argument("--split", help="of the run's data (default: the one that it trained on)")
+    usual = sampling.Settings()
+    command.add_argument("--temperature", type=float, default=usual.temperature, help="(default: %(default)s)")
+    command.add_argument("--top-p", type=float, default=usual.top_p, help="(default: %(default)s)")
+    command.add_argument("--seed", type=int, default=usual.seed, help="of questions and draws (default: %(default)s)")
+    command.add_argument("--attempts", type=int, default=usual.attempts, help="at two responses that differ")
+    command.add_argument("--max-new-tokens", type=int, help="of a response (default: the run's)")
+
     command = _command(commands, "prefer", prefer)
     _candidates(command)
     command.add_argument("--target", required=True, help="file of pairs to write")

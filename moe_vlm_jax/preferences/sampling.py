@@ -27,6 +27,8 @@ CHUNK = 128  # questions that are asked together
 class Settings:
     """How responses are sampled.
 
+    Raises ValueError for values that cannot give two responses.
+
     Attributes:
       temperature, top_p: of both responses; at a temperature of 0 they could not differ.
       seed: of the order of questions and of all draws.
@@ -39,6 +41,14 @@ class Settings:
     seed: int = 0
     attempts: int = 3
     max_new_tokens: int = 32
+
+    def __post_init__(self):
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature={self.temperature} gives the same response twice, so nothing to compare; use more than 0."
+            )
+        if self.attempts < 1 or self.seed < 0:
+            raise ValueError(f"attempts={self.attempts}, seed={self.seed}: at least 1 and 0; raise them.")
 
 
 class Sampled(NamedTuple):
@@ -79,10 +89,6 @@ def sample(
     Raises:
       ValueError: the file was sampled with other settings, or a setting cannot give two responses.
     """
-    if settings.temperature <= 0:
-        raise ValueError(
-            f"temperature={settings.temperature} gives the same response twice, so nothing to compare; use more than 0."
-        )
     graphdef = generate_lib.dropless_graphdef(graphdef, params)
     found = _earlier(path, settings)
     known = {candidate.id for candidate in found}
