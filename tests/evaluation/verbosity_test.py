@@ -39,7 +39,8 @@ ECHOES = {
     "half of a question of two words": ("total: 5", "Total height?", ["5"], False),
     "a question of one word": ("year 2011", "Year?", ["2011"], True),
     "a part of that word": ("yearly", "Year?", ["2011"], False),
-    "a question without a word": ("?", "?", ["?"], False),
+    "a question without a word": ("?", "?", [], False),
+    "a dash is no word": ("the maximum current", "What is the maximum - current?", ["5"], True),
     "a right option": ("New York City", "Which is larger, New York City or Boston?", ["New York City"], False),
     "a longer right answer": (
         "New York City Marathon",
