@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 GROUPS = {
     "sft": ("sft", "data"),
     "nf4": ("nf4", "qlora"),
+    "dpo": ("dpo",),
     "quality": ("qlora_quality",),
     "expert_parallel": ("expert_parallel",),
     "moe_tuning": ("moe_tuning",),

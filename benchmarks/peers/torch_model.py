@@ -276,11 +276,13 @@ class TorchVLM(nn.Module):
         embedding = torch.from_numpy(weights["decoder/embed/embedding"].copy())
         self.embed = nn.Embedding.from_pretrained(embedding, freeze=False)
         blocks: dict[int, Block] = {}
+        self.places: dict[int, tuple[str, int]] = {}  # of each block: path of its stack, index in it
         for g, group in enumerate(placement.group_layers(config.layer_experts)):
             for b, num_experts in enumerate(group.experts):
                 path = f"decoder/groups/{g}/blocks/{b}"
                 for r in range(group.repeats):
                     blocks[group.layer(b, r)] = Block(weights, path, r, num_experts, config, dispatch)
+                    self.places[group.layer(b, r)] = (path, r)
         self.blocks = nn.ModuleList([blocks[i] for i in sorted(blocks)])
         self.final_norm = norm(weights, "decoder/final_norm", dec.norm_eps)
         self.lm_head = linear(weights, "decoder/lm_head")
@@ -294,16 +296,21 @@ class TorchVLM(nn.Module):
             parameter.requires_grad_(name.startswith("projector.") or (full if stage == "full" else full and inside))
 
     def loss(self, batch: "TorchBatch"):
-        features = self.projector(self.vision(batch.images))
-        x = torch.cat([features, self.embed(batch.tokens)], dim=1)  # the image stands before the text
+        hidden, balance = self.hidden(batch.images, batch.tokens)
+        logits = self.lm_head(hidden).float()
+        entropy = functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
+        return entropy + self.config.moe.balance_coef * balance
+
+    def hidden(self, images, tokens):
+        """Returns (hidden states after the final norm, balance loss summed over layers)."""
+        features = self.projector(self.vision(images))
+        x = torch.cat([features, self.embed(tokens)], dim=1)  # the image stands before the text
         rotary = self.rotary(x.shape[1])
         balance = x.new_zeros(())
         for block in self.blocks:
             x, layer_balance = block(x, rotary)
             balance = balance if layer_balance is None else balance + layer_balance
-        logits = self.lm_head(self.final_norm(x)).float()
-        entropy = functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
-        return entropy + self.config.moe.balance_coef * balance
+        return self.final_norm(x), balance
 
     def rotary(self, length: int):
         dims, theta = self.config.decoder.rotary_dim, self.config.decoder.rope_theta

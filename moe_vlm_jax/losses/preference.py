@@ -1,19 +1,23 @@
 """Losses on preference pairs, as functions of the log-probs of whole answers.
 
-d = log policy(answer) - log reference(answer), n the answer's tokens, w the chosen and l the rejected answer:
+d = log policy - log reference of an answer, n its tokens, w the chosen and l the rejected one:
 
-    kind           loss of one pair                                                published as
-    sigmoid        S(beta (d_w - d_l)), smoothed: see below                        DPO, arXiv 2305.18290 eq. 7; cDPO
-    robust         S(beta (d_w - d_l)), unbiased under flipped labels: see below   rDPO, 2403.00409
-    sigmoid_norm   S(beta (d_w / n_w - d_l / n_l)), smoothed                       Tulu 3, 2411.15124
-    hinge          max(0, 1 - beta (d_w - d_l))                                    SLiC-HF, 2305.10425
-    ipo            (d_w / n_w - d_l / n_l - 1 / (2 beta))^2                        IPO, 2310.12036 eq. 17
-    kto_pair       half of sigmoid(beta (KL_l - d_w)) + sigmoid(beta (d_l - KL_w)) KTO, 2402.01306
-    simpo          S(beta (log p_w / n_w - log p_l / n_l) - gamma), smoothed       SimPO, 2405.14734 eq. 6
-    orpo           beta S(log odds_w - log odds_l), odds of exp(log p / n)         ORPO, 2403.07691 eq. 7
+    kind           loss of one pair                                                  arXiv
+    sigmoid        smoothed S(beta (d_w - d_l))                                      DPO, 2305.18290 eq. 7; cDPO
+    robust         unbiased S(beta (d_w - d_l))                                      rDPO, 2403.00409
+    sigmoid_norm   smoothed S(beta (d_w / n_w - d_l / n_l))                          Tulu 3, 2411.15124
+    hinge          max(0, 1 - beta (d_w - d_l))                                      SLiC-HF, 2305.10425
+    ipo            (d_w / n_w - d_l / n_l - 1 / (2 beta))^2                          IPO, 2310.12036 eq. 17
+    kto_pair       (sigmoid(beta (K_l - d_w)) + sigmoid(beta (d_l - K_w))) / 2       KTO, 2402.01306
+    simpo          smoothed S(beta (log p_w / n_w - log p_l / n_l) - gamma)          SimPO, 2405.14734 eq. 6
+    orpo           beta S(log odds_w - log odds_l), where odds are of exp(log p / n) ORPO, 2403.07691 eq. 7
 
-S(m) = -log sigmoid(m). The last two have no reference, and that of ORPO is its second term only: eq. 6 adds
-`sft_loss`, with weight 1. All give TRL's values (tests/losses/trl_values.py).
+with S(m) = -log sigmoid(m), K the mean of d over pairs or 0 where that is negative, and e = label_smoothing in
+
+    smoothed S(m) = (1 - e) S(m) + e S(-m)        unbiased S(m) = ((1 - e) S(m) - e S(-m)) / (1 - 2 e)
+
+The last two kinds have no reference. Of ORPO this is the second term only: eq. 6 adds `sft_loss` with weight 1 (TRL's
+ORPO counts the prompt's tokens there, too). All kinds give TRL's values: tests/losses/trl_values.py.
 
 A batch is a static array with room for N pairs, of which some are `valid`; nothing of the others, be it NaN, reaches a
 value or a gradient. Losses of pairs are to be summed and divided by the number of pairs of all micro-batches.
@@ -204,12 +208,12 @@ def _sigmoid_loss(margin: jax.Array) -> jax.Array:
 
 
 def _smoothed(margin: jax.Array, flipped: float) -> jax.Array:
-    """(1 - e) S(m) + e S(-m) = S(m) + e m, which is exactly ln 2 at m = 0 for any e."""
+    """(1 - e) S(m) + e S(-m) = S(m) + e m: no cancellation, and exactly ln 2 at m = 0."""
     return _sigmoid_loss(margin) + flipped * margin
 
 
 def _unbiased(margin: jax.Array, flipped: float) -> jax.Array:
-    """((1 - e) S(m) - e S(-m)) / (1 - 2 e) = S(m) - e / (1 - 2 e) m; it has no lower bound, as published."""
+    """((1 - e) S(m) - e S(-m)) / (1 - 2 e) = S(m) - e / (1 - 2 e) m: without a lower bound, as published."""
     return _sigmoid_loss(margin) - flipped / (1.0 - 2.0 * flipped) * margin
 
 

@@ -287,9 +287,7 @@ class Decoder(nnx.Module):
             unit_state, unit_other, unit_keys, unit_noise, unit_caches = step
             if unit_caches is None:  # a step of decoding has too few rows to be worth putting weights together
                 unit_state = gathered(unit_state, x.dtype)
-            if self.config.remat != "none":
-                # Once for everybody in this body; the backward pass runs the body again. Without rematerialisation
-                # the layers do it themselves (quant/matmul.py), or the arrays would live until the backward pass.
+            if once:  # for everybody in this body
                 unit_state = quant.dequantize_state(unit_state, x.dtype)
             x, outputs = run(x, unit_state, unit_keys, unit_noise, unit_caches)
             if other is not None:
@@ -298,8 +296,12 @@ class Decoder(nnx.Module):
                 other, _ = run(other, jax.lax.stop_gradient(other_unit), no_keys, unit_noise, None)
             return (x, other), outputs
 
+        # Where the backward pass runs the body again, or two streams do in one: the body dequantises its weights. Else
+        # the layers do it themselves (quant/matmul.py), at the same cost and without a checkpoint around the body.
+        once = self.config.remat != "none" or streams[1] is not None
         xs = (state, other_state, keys, noise, caches)
-        body = vision.rematerialise(body, self.config.remat, gathers=sharding.gathers(self.mesh))
+        makes_weights = sharding.gathers(self.mesh) or streams[1] is not None
+        body = vision.rematerialise(body, self.config.remat, makes_weights=makes_weights)
         return jax.lax.scan(body, streams, xs, unroll=self.config.scan_unroll)
 
 

