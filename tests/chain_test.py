@@ -38,10 +38,10 @@ def test_a_chain_is_its_runs_in_order_each_with_the_folder_of_its_base():
     chain.validate(made)
     assert list(chain.runs(made)) == ["first", "second", "third"]
     workdir = pathlib.Path("runs", "x")
-    placed = chain.placed(made.third, workdir)
+    placed = chain.placed(made.third, workdir, "third")
     assert placed.training.base == str(chain.model_folder(workdir, "second")) == "runs/x/second/model"
     assert made.third.training.base == "@second"
-    assert chain.placed(made.first, workdir) == made.first
+    assert chain.placed(made.first, workdir, "first") == made.first
 
 
 def change(run: config_lib.RunConfig, path: str, value) -> None:
@@ -59,12 +59,12 @@ MISTAKES = {
     ),
     "unknown name": (
         [("third", "training.base", "@stage2")],
-        "third.training.base='@stage2' names no run of this chain; only an earlier run's checkpoint can be a base; use "
+        "third.training.base='@stage2' names no run of this chain; only what an earlier run leaves can be taken; use "
         "@first or @second.",
     ),
     "later run": ([("second", "training.base", "@third")], "second.training.base='@third' names a later run; "),
     "itself": ([("third", "training.base", "@third")], "third.training.base='@third' names itself; "),
-    "nothing before it": ([("first", "training.base", "@second")], "names a later run; .*; give a folder."),
+    "nothing before it": ([("first", "training.base", "@second")], "names a later run; .*; give a path."),
     "cycle": (
         [("first", "training.base", "@second"), ("second", "training.base", "@first")],
         "first.training.base='@second' names a later run",

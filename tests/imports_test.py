@@ -21,7 +21,8 @@ ALLOWED: dict[str, set[str]] = {
     "traffic": {"hlo"},
     "rendezvous": set(),
     "distributed": {"rendezvous"},
-    "validation": {"config"},
+    "limits": {"config"},
+    "validation": {"config", "limits"},
     "sharding": {"config", "batch", "validation", "quant"},
     "cost": {"config", "hlo", "models"},
     "quant": {"tree"},
@@ -31,11 +32,12 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"batch"},
     "data": {"config", "batch"},
     "hf": {"models", "quant"},
-    "training": {"models", "losses", "data", "hf", "cost", "quant"},
+    "training": {"models", "losses", "data", "hf", "cost", "quant", "assets"},
+    "ready": {"training", "models", "hf", "data"},
     "planning": {"training", "models", "quant", "cost", "collectives", "traffic"},
     "decoding": {"models"},
     "evaluation": {"decoding", "data"},
-    "preferences": {"evaluation", "data"},
+    "preferences": {"evaluation", "decoding", "data"},
     "chain": {"config", "validation"},
     "command_line": {"config", "validation", "chain"},
     "assets": set(),
@@ -43,7 +45,8 @@ ALLOWED: dict[str, set[str]] = {
 OPEN = {"config", "tree", "batch", "sharding", "validation", "distributed"}
 # These stand below everything: what is open to all must not pull the rest in.
 CLOSED = {
-    *("config", "tree", "batch", "hlo", "collectives", "traffic", "rendezvous", "distributed", "validation"),
+    *("config", "tree", "batch", "hlo", "collectives", "traffic", "rendezvous", "distributed", "limits"),
+    "validation",
     *("sharding", "cost", "losses", "data", "command_line", "chain", "assets"),
 }
 # Command lines may import anything, and nobody imports them.

@@ -5,8 +5,9 @@ import re
 import pytest
 
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import validation
+from moe_vlm_jax import limits, validation
 from moe_vlm_jax.data import templates
+from moe_vlm_jax.losses import preference
 
 
 def _config(**changes) -> config_lib.RunConfig:
@@ -28,6 +29,36 @@ def test_the_defaults_obey_all_rules():
 
 # changes -> what the message must say
 MISTAKES = {
+    "beta": (
+        {"preference__loss": "ipo", "preference__pairs": "x", "preference__beta": 0.0},
+        "preference.beta=0.0 is out of range; it must be more than 0.",
+    ),
+    "no pairs": ({"preference__loss": "sigmoid"}, "preference.pairs is empty, but preference.loss='sigmoid' trains on"),
+    "pairs without a loss": ({"preference__pairs": "x"}, "pairs='x' has no effect with preference.loss='none'"),
+    "sampling from a file": (
+        {"preference__loss": "ipo", "preference__pairs": "x", "preference__num_pairs": 7},
+        "preference.num_pairs=7 has no effect with pairs from a file",
+    ),
+    "smoothing of ipo": (
+        {"preference__loss": "ipo", "preference__pairs": "x", "preference__label_smoothing": 0.1},
+        "preference.label_smoothing=0.1 has no effect with preference.loss='ipo'",
+    ),
+    "gamma of dpo": (
+        {"preference__loss": "sigmoid", "preference__pairs": "x", "preference__gamma": 0.1},
+        "preference.gamma=0.1 has no effect with preference.loss='sigmoid'",
+    ),
+    "reference of orpo": (
+        {"preference__loss": "orpo", "preference__pairs": "x", "preference__reference": "base"},
+        "preference.reference='base' has no effect with preference.loss='orpo', which has no reference",
+    ),
+    "dropout beside a reference": (
+        {"preference__loss": "sigmoid", "preference__pairs": "x", "model__decoder__residual_dropout": 0.1},
+        "model.decoder.residual_dropout=0.1 would make the policy differ from its reference by chance",
+    ),
+    "pairs that compete": (
+        {"preference__loss": "sigmoid", "preference__pairs": "x", "model__moe__dispatch": "capacity"},
+        "capacity_group='batch' with data.pack=True lets pairs compete",
+    ),
     "wrong type": ({"training__batch_size": "8"}, "training.batch_size='8' must be of type int"),
     "bool for int": ({"training__epochs": True}, "training.epochs=True must be of type float"),
     "wrong element": ({"data__row_lengths": ("abc",)}, "data.row_lengths=('abc',) must be a tuple of int"),
@@ -178,7 +209,7 @@ def test_unknown_fields_are_told_apart(path, remedy):
 
 
 def test_every_number_has_a_range_and_every_word_a_choice_or_a_meaning():
-    """A new field must be put into a table of validation.py, or here."""
+    """A new field must be put into a table of limits.py, or here."""
     free = {
         "model.vision.select_layer",  # checked against the number of layers
         "model.projector",
@@ -192,20 +223,28 @@ def test_every_number_has_a_range_and_every_word_a_choice_or_a_meaning():
             "model.lora.targets",
         ),
         *("optimizer.rates", "optimizer.no_decay"),
+        *("preference.reference", "preference.precomputed", "preference.pairs"),
         *("training.base", "training.base_vision", "training.base_projector", "training.adapter"),
     }
     ranges = {
         f"{section}.{name}"
-        for sections in validation._RANGES.values()
+        for sections in limits.RANGES.values()
         for section, names in sections.items()
         for name in names.split()
     }
     flat = validation.flatten(config_lib.RunConfig())
     flags = {name for name, value in flat.items() if isinstance(value, bool)}
-    named = [ranges, set(validation._CHOICES), flags, free]
+    named = [ranges, set(limits.CHOICES), flags, free]
     assert set().union(*named) == set(flat)
     assert sum(map(len, named)) == len(flat)
 
 
 def test_every_template_can_be_chosen():
-    assert set(validation._CHOICES["data.template"]) == set(templates.names())
+    assert set(limits.CHOICES["data.template"]) == set(templates.names())
+
+
+def test_the_preference_losses_are_those_there_are():
+    choices = limits.CHOICES["preference.loss"]
+    assert set(choices) == {"none", *preference.KINDS}
+    for kind in preference.KINDS:
+        validation.validate(_config(preference__loss=kind, preference__pairs="pairs.jsonl"))

@@ -14,7 +14,6 @@ from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import sharding
 from moe_vlm_jax.losses import language_modeling, routing
 from moe_vlm_jax.models import vlm
-from moe_vlm_jax.moe import router as router_lib
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import state as state_lib
 
@@ -117,7 +116,7 @@ def supervised_loss(
         chunk=head_chunk(config, model),
     )
     cross_entropy = tokens.sum / whole.tokens
-    routing_loss, routing_metrics = routing_terms(output.router, config, whole)
+    routing_loss, routing_metrics = routing_terms(output, config, whole)
     loss = cross_entropy + routing_loss
     metrics = {
         "train/loss": loss,
@@ -135,11 +134,9 @@ def head_chunk(config: config_lib.RunConfig, model: vlm.VLM) -> int:
     return config.training.loss_chunk * sharding.num_row_devices(model.mesh)
 
 
-def routing_terms(
-    router: tuple[router_lib.RouterOutput, ...], config: config_lib.RunConfig, whole: Whole
-) -> tuple[jax.Array, Metrics]:
+def routing_terms(output: vlm.ModelOutput, config: config_lib.RunConfig, whole: Whole) -> tuple[jax.Array, Metrics]:
     """Returns this micro-batch's share of the routing losses, and the routers' figures."""
-    moe = config.model.moe
+    moe, router = config.model.moe, output.router
     routed = routing.routing_loss(
         [layer.balance_loss for layer in router],
         [layer.z_loss for layer in router],
