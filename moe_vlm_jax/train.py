@@ -5,8 +5,8 @@
 Evaluates on held-out questions before and after. The workdir (default runs/<name of the config>) then holds
 checkpoints/, metrics.jsonl, tensorboard/, predictions.jsonl, results.json and report.html. The same command again
 goes on where an interrupted one stopped. Where the config is a chain of runs, each has a workdir of its own inside
-(see chain.py), and a table at the end compares them. On several machines the same command runs on each of them: see
-docs/pods.md.
+(see chain.py), and a table and comparison.html at the end compare them. On several machines the same command runs on
+each of them: see docs/pods.md.
 """
 
 import functools

@@ -99,7 +99,7 @@ def _table(runs: Mapping[str, comparison.Predictions]) -> str:
             cells = "".join(f"<td>{value}{change and f' <small>{change}</small>'}</td>" for value, change in row.cells)
             lines.append(f'<tr><th scope="row">{html.escape(row.run)}</th><td>{row.count}</td>{cells}</tr>')
         bodies.append("".join(lines))
-    caption = f"Small: the difference to {next(iter(runs))}"
+    caption = f"Held-out questions; in small type the difference to {next(iter(runs))}"
     return markup.table(caption=caption, heads=heads, bodies=bodies)
 
 

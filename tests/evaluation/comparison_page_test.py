@@ -49,7 +49,10 @@ def said(text: str) -> str:
 
 def test_the_table_has_a_row_for_each_run_with_the_difference_to_the_first(write):
     text = said(write())
-    assert "Small: the difference to before sft run questions exact match ANLS (VLMEvalKit) words per answer" in text
+    assert (
+        "in small type the difference to before sft run questions exact match ANLS (VLMEvalKit) words per answer"
+        in text
+    )
     assert "all before sft 4 0.000 0.0" in text
     assert "dpo 4 0.750 +0.750" in text
     assert "1.25 -2.25 0.000 -0.250 0 -1 image-span before sft 2 0.000" in text
