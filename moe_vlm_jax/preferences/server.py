@@ -21,6 +21,8 @@ import secrets
 import socket
 import sys
 import urllib.parse
+from collections.abc import Callable
+from typing import Any
 
 from absl import logging
 from PIL import Image
@@ -103,35 +105,44 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if path == "/":
             self._send_page()
         elif path == "/view":
-            self._send_view()
+            self._answer(self._send_view)
         elif found := _IMAGE_PATH.fullmatch(path):
             self._send_image(int(found[1]), int(found[2]))
         else:
             self._send_error(http.HTTPStatus.NOT_FOUND, "there is no such page.")
 
     def do_POST(self) -> None:
+        # Read before anything is refused: closing a connection with unread data can destroy the answer on its way.
+        length = self.headers.get("Content-Length") or ""
+        honest = length.isdecimal() and len(length) < 10
+        sent = self.rfile.read(min(int(length), 16 * _MAX_BODY)) if honest else None
         if not self._allowed():
             return
         if (self.headers.get("Content-Type") or "").split(";")[0].strip().lower() != "application/json":
             return self._send_error(http.HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "a post must be JSON.")
-        length = self.headers.get("Content-Length") or ""
-        if not length.isdecimal() or int(length) > _MAX_BODY:
+        if sent is None or len(sent) > _MAX_BODY:
             return self._send_error(http.HTTPStatus.BAD_REQUEST, f"a post needs a length of at most {_MAX_BODY}.")
-        try:
-            body = json.loads(self.rfile.read(int(length)))
-            self._act(body if isinstance(body, dict) else {})
-        except annotate.OutdatedError as error:
-            self._send_error(http.HTTPStatus.CONFLICT, str(error))
-        except ValueError as error:
-            self._send_error(http.HTTPStatus.BAD_REQUEST, str(error))
-        except OSError as error:
-            logging.error("a mark was not saved: %s", error)
-            self._send_error(http.HTTPStatus.INTERNAL_SERVER_ERROR, f"nothing was saved: {error}.")
+        self._answer(lambda: self._act(json.loads(sent)))
 
     def log_message(self, format: str, *args) -> None:
         logging.debug(format, *args)
 
-    def _act(self, body: dict) -> None:
+    def _answer(self, send: Callable[[], None]) -> None:
+        """Sends an answer, or what is wrong in its place."""
+        try:
+            send()
+        except annotate.OutdatedError as error:
+            self._send_error(http.HTTPStatus.CONFLICT, str(error))
+        except ValueError as error:
+            self._send_error(http.HTTPStatus.BAD_REQUEST, str(error))
+        except ConnectionError:
+            raise  # the client went away: nobody is left to tell
+        except OSError as error:
+            logging.error("the file of marks cannot be used: %s", error)
+            self._send_error(http.HTTPStatus.INTERNAL_SERVER_ERROR, f"the mark was not saved: {error}.")
+
+    def _act(self, body: Any) -> None:
+        body = body if isinstance(body, dict) else {}
         session, item, seconds = self.server.session, body.get("item"), body.get("seconds", 0)
         if not isinstance(item, str) or not isinstance(seconds, int | float):
             raise ValueError(f"item={item!r}, seconds={seconds!r} are not a text and a number; load the page again.")

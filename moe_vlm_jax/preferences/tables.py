@@ -82,7 +82,8 @@ def _parquet(file: pathlib.Path) -> Iterator[tuple[str, dict]]:
     parquet, pyarrow = _pyarrow(file)
     index = 0
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=_BATCH):
+        # pre_buffer would keep every row group that was read, in the end the whole file.
+        for batch in parquet.ParquetFile(file, pre_buffer=False).iter_batches(batch_size=_BATCH):
             for row in batch.to_pylist():
                 yield f"{file.name}[{index}]", row
                 index += 1

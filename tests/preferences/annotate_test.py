@@ -1,7 +1,9 @@
 """A session: order of items, sides, marks, undo, and going on after a stop."""
 
 import json
+import os
 import threading
+import time
 
 import pytest
 
@@ -108,6 +110,26 @@ def test_threads_of_one_session_do_not_mix_their_marks(session, tmp_path):
     for thread in threads:
         thread.join()
     assert sorted(held(tmp_path)) == [f"q{i}" for i in range(5)]
+
+
+def test_of_two_threads_that_mark_one_item_one_is_told_that_it_is_late(session, tmp_path, monkeypatch):
+    one, said = session(), []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (time.sleep(0.05), sync(fd)))  # a slow disk
+
+    def mark():
+        try:
+            one.mark("q0", "left", 1)
+        except annotate.OutdatedError as error:
+            said.append(str(error))
+
+    threads = [threading.Thread(target=mark) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(said) == 3
+    assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_mark_that_could_not_be_written_is_no_mark(session, tmp_path, monkeypatch):

@@ -104,6 +104,7 @@ class Browser:
         common: dict[str, Any] = {"key": key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
         self.call("Input.dispatchKeyEvent", type="keyDown", **common, **text)
         for _ in range(3 * held):
+            time.sleep(0.2)
             self.call("Input.dispatchKeyEvent", type="keyDown", autoRepeat=True, **common, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
 
@@ -118,5 +119,6 @@ class Browser:
         if message.get("method") == "Runtime.exceptionThrown":
             self.errors.append(message["params"]["exceptionDetails"]["text"])
         if message.get("method") == "Log.entryAdded" and message["params"]["entry"]["level"] == "error":
-            self.errors.append(message["params"]["entry"]["text"])
+            entry = message["params"]["entry"]
+            self.errors.append(f"{entry['text']} {entry.get('url', '')}")
         return message

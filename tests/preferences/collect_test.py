@@ -70,6 +70,12 @@ def test_marks_of_other_responses_are_not_counted():
         collect.judgements(held | other)
 
 
+def test_a_skip_is_no_judgement():
+    held = examples.held(examples.mark(ONE, "ana", "first"), examples.mark(ONE, "ben", "skip"))
+    assert collect.judgements(held) == [{"ana": "first"}]
+    assert collect.collect([ONE], held).agreement is None
+
+
 def test_several_files_are_one_unless_somebody_marked_an_item_twice(tmp_path):
     two = examples.candidate("q2")
     for name, made in {"a": (ONE, "ana"), "b": (ONE, "ben"), "c": (two, "ana"), "d": (ONE, "ana")}.items():

@@ -93,8 +93,9 @@ def test_rlhf_v_and_rlaif_v_are_read(tmp_path, picture, form, row):
     assert one == pairs.Pair("d.parquet[0]", (examples.encoded(),), ASKED, "red", "blue", source)
     assert not ignored
     lines = [row, row | {"image": "a.png"}, row | {"image": {"bytes": None, "path": "a.png"}}]
+    lines.append(row | {"image": {"bytes": None, "path": None}})
     found, *_ = read(form, write_lines(tmp_path / "d.jsonl", *lines))
-    assert found == [dataclasses.replace(one, id=f"d.jsonl:{i}", images=(str(picture),)) for i in (1, 2, 3)]
+    assert found == [dataclasses.replace(one, id=f"d.jsonl:{i}", images=(str(picture),)) for i in (1, 2, 3, 4)]
 
 
 def test_the_files_of_a_folder_are_one_data_set(tmp_path):
@@ -267,3 +268,15 @@ def test_imported_images_are_files_beside_the_pairs(tmp_path):
     (written,) = (tmp_path / "out" / "images").iterdir()
     assert pair.images == (str(written),)
     assert (written.suffix, written.read_bytes()) == (".webp", examples.encoded("WEBP"))
+
+
+def test_a_parquet_file_is_read_a_part_at_a_time(tmp_path):
+    size, groups = 100_000, 10
+    path = tmp_path / "d.parquet"
+    with parquet.ParquetWriter(path, pyarrow.schema([("image", pyarrow.binary())]), compression="none") as writer:
+        for i in range(groups):
+            writer.write_table(pyarrow.table({"image": [bytes([i, k]) * (size // 2) for k in range(64)]}))
+    before = pyarrow.total_allocated_bytes()
+    held = [pyarrow.total_allocated_bytes() - before for _ in tables.rows([str(path)])]
+    assert len(held) == groups * 64
+    assert max(held) < path.stat().st_size / 2

@@ -9,6 +9,7 @@ from tests.preferences import examples
 CASES = [
     (("blue", "It is Red"), ("it is red",), "exact_match", (1, "score")),  # correct before wrong, though longer
     (("It is red", "red"), ("red", "it is red"), "exact_match", (1, "length")),  # both correct: fewer words
+    (("incomparable", "a b c"), ("a b c", "incomparable"), "exact_match", (0, "length")),  # words before characters
     (("scarlet", "red"), ("red", "scarlet"), "exact_match", (1, "length")),  # as many words: fewer characters
     (("red", "RED"), ("red",), "exact_match", (None, "equal")),
     (("blue", "green"), ("red",), "exact_match", (None, "both_wrong")),
@@ -58,7 +59,7 @@ def test_every_candidate_is_a_pair_or_counted():
     lines = made.report().split("\n")
     assert lines[0] == f"{len(made.pairs)} pairs of {len(found)} candidates"
     assert "  undecided, no_answers: 1" in lines
-    assert "  decided by length: 2" in lines
+    assert "  decided by length: 3" in lines
 
 
 def test_the_report_gives_the_lengths():

@@ -143,8 +143,37 @@ def test_posts_that_make_no_sense_are_refused(serve, tmp_path, path, body, statu
 def test_a_body_that_is_no_json_or_has_no_honest_length_is_refused(serve):
     client = serve()
     assert client.send("POST", "/mark", "{", Content_Type="application/json")[0].status == 400
-    assert client.send("POST", "/mark", "x" * 70_000, Content_Type="application/json")[0].status == 400
+    answer, body = client.send("POST", "/mark", "x" * 70_000, Content_Type="application/json")
+    assert answer.status == 400
+    assert b"at most 65536" in body
     assert client.send("POST", "/mark", "", Content_Type="application/json", Content_Length="-1")[0].status == 400
+    assert client.send("POST", "/mark", "", Content_Type="application/json", Content_Length="9" * 5000)[0].status == 400
+
+
+def test_a_disk_that_is_full_is_said_and_the_item_stays(serve, tmp_path, monkeypatch):
+    client = serve()
+    before = client.view()
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        status, said = client.post("/mark", {"item": "q0", "choice": "tie", "seconds": 1})
+    assert status == 500
+    assert "the mark was not saved: [Errno 28] No space left on device" in said["error"]
+    assert client.view() == before
+    assert held(tmp_path) == {}
+
+
+def test_a_file_of_marks_that_is_replaced_meanwhile_is_said(serve, tmp_path):
+    client = serve()
+    (tmp_path / "m.jsonl").rename(tmp_path / "old")
+    answer, body = client.send("GET", "/view")
+    assert answer.status == 400
+    assert b"removed, replaced or shortened" in body
+    status, said = client.post("/mark", {"item": "q0", "choice": "tie", "seconds": 1})
+    assert (status, "removed, replaced or shortened" in said["error"]) == (400, True)
 
 
 def test_images_are_those_of_the_candidates(serve, tmp_path):
