@@ -1,4 +1,4 @@
-"""A chain from a base over SFT to DPO: what each run takes from the one before, and that it goes on where it stopped."""
+"""A chain from a base over SFT to DPO: what a run takes from the one before, and that it goes on where it stopped."""
 
 import dataclasses
 import json
