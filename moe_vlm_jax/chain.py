@@ -4,6 +4,7 @@
     <workdir>/<run>/model/        the checkpoint that it leaves, in HF layout
     <workdir>/<run>/adapter/      or, of a run of adapters, those, in PEFT's layout
     <workdir>/<run>/pairs.jsonl   what it trains on, if that was sampled from an earlier run
+    <workdir>/comparison.html     evaluated runs side by side
 
 training.base='@stage1' is the checkpoint of the run stage1, training.adapter='@sft' the adapter of the run sft, and
 preference.pairs='@sft' are pairs sampled from what sft leaves. Standard library only.

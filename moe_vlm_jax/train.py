@@ -5,8 +5,8 @@
 Evaluates on held-out questions before and after. The workdir (default runs/<name of the config>) then holds
 checkpoints/, metrics.jsonl, tensorboard/, predictions.jsonl, results.json and report.html. The same command again
 goes on where an interrupted one stopped. Where the config is a chain of runs, each has a workdir of its own inside
-(see chain.py), and a table at the end compares them. On several machines the same command runs on each of them: see
-docs/pods.md.
+(see chain.py), and a table and comparison.html at the end compare them. On several machines the same command runs on
+each of them: see docs/pods.md.
 """
 
 import functools
@@ -23,7 +23,7 @@ from moe_vlm_jax import chain, command_line, distributed, ready
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.data import images, sources, tokenize
 from moe_vlm_jax.data import pairs as pairs_lib
-from moe_vlm_jax.evaluation import blind, page, report, runner, scorers
+from moe_vlm_jax.evaluation import blind, chain_comparison, page, report, runner, scorers
 from moe_vlm_jax.hf import configs
 from moe_vlm_jax.preferences import prefer, sampling
 from moe_vlm_jax.training import base, checkpoint, export, loop, setup
@@ -77,7 +77,7 @@ def train(config: config_lib.RunConfig, workdir: pathlib.Path) -> tuple[setup.Ru
         checkpoint.check_workdir(workdir, config)
         exam = Exam(config) if config.data.eval_split else None
         run, untrained = setup.make_run(config, workdir)
-    before = _before(run, exam, untrained, workdir / "predictions_before.jsonl") if exam else []
+    before = _before(run, exam, untrained, workdir / report.PREDICTIONS_BEFORE) if exam else []
     _measure_pairs(run, untrained, "before")
     with command_line.user_errors():
         state = setup.start(run, untrained)
@@ -120,6 +120,9 @@ def train_chain(config: config_lib.Chain, workdir: pathlib.Path) -> None:
     if jax.process_index() == 0:
         print(f"{workdir}, held-out questions before and after each run:")
         print(export.table([found for name in runs if (found := export.read_summary(workdir / name))]))
+        with command_line.user_errors():
+            compared = chain_comparison.write(workdir, runs)
+        print(compared, end="\n" if compared else "")
 
 
 def make_pairs(config: config_lib.RunConfig, name: str, workdir: pathlib.Path) -> None:
@@ -205,7 +208,7 @@ def _report(run: setup.Run, exam: Exam, state: state_lib.TrainState, before: lis
         known = sources.load_records(config.data, config.data.split)
         results["blind"] = blind.best_blind_baseline(known, after.asked).scores
         results["shuffled"] = shuffled.scores
-    report.write_predictions(workdir / "predictions.jsonl", after.predictions)
+    report.write_predictions(workdir / report.PREDICTIONS, after.predictions)
     report.write_results(workdir / "results.json", results)
     page.write_page(
         workdir / "report.html",
@@ -244,7 +247,7 @@ def _before(run: setup.Run, exam: Exam, state: state_lib.TrainState, path: pathl
     if distributed.from_leader(path.exists()):
         if jax.process_index() != 0:
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return report.read_predictions(path)
     logging.info("asking the model before it trains")
     predictions = exam.answer(run, state).predictions
     if jax.process_index() == 0:

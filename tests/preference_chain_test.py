@@ -1,8 +1,9 @@
-"""A chain from a base over SFT to DPO: what each run takes from the one before, and that it goes on where it stopped."""
+"""A chain from a base over SFT to DPO: what a run takes from the one before, and that it goes on where it stopped."""
 
 import dataclasses
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -99,6 +100,11 @@ def test_dpo_trains_on_what_sft_says_from_where_sft_ends(tmp_path, monkeypatch, 
     assert (workdir / "dpo" / "predictions_before.jsonl").read_bytes() == (
         workdir / "sft" / "predictions.jsonl"
     ).read_bytes()
+    # At the end the evaluated runs stand side by side.
+    page = (workdir / "comparison.html").read_text()
+    assert re.findall(r'<th scope="row">(.*?)</th>', page)[:3] == ["before sft", "sft", "dpo"]
+    assert capsys.readouterr().out.endswith(f"comparison: {workdir / 'comparison.html'}\n")
+
     held_out = json.loads((workdir / "dpo" / "pairs.json").read_text())
     assert held_out["before"]["reward_accuracy"] == 0.5 and abs(held_out["before"]["reward_margin"]) < 1e-6
     assert held_out["after"]["reward_margin"] != 0.0

@@ -111,8 +111,18 @@ def test_a_chain_that_is_killed_anywhere_ends_as_one_that_is_not(tmp_path):
         assert 0 <= scores["exact_match"] <= scores["anls"] <= 1
     assert len((whole / "adapters" / "predictions.jsonl").read_text().splitlines()) == 20
     assert done.stdout.count("before  after  blind  shuffled") == 3
-    assert [line.split()[:2] for line in done.stdout.splitlines()[-3:]] == [[name, "8"] for name in RUNS]
-    assert done.stdout.splitlines()[-3:] == again.stdout.splitlines()[-3:]
+    # At the end: a table of the runs, and a comparison of those that were asked the same questions.
+    end = done.stdout[done.stdout.index(f"{whole}, held-out questions before and after each run:") :]
+    assert again.stdout.endswith(end.replace(str(whole), str(cut)))
+    lines = end.splitlines()
+    assert [line.split()[:2] for line in lines[2:5]] == [[name, "8"] for name in RUNS]
+    assert lines[5] == f"{whole}, answers to the same held-out questions:"
+    assert [line.split("  ")[1] for line in lines[8:11]] == ["before dense", "dense", "experts"]
+    assert lines[-1] == f"comparison: {whole / 'comparison.html'}"
+    assert "adapters is not in comparison.html: it and dense were asked different questions" in done.stderr
+    pages = [(folder / "comparison.html").read_text().partition("<table>")[2] for folder in (whole, cut)]
+    assert pages[0] == pages[1]
+    assert pages[0].count("<dt>before dense</dt>") == 6  # evaluation.page_samples
     page = (whole / "adapters" / "report.html").read_text()
     assert page.count("data:image/") >= 1
 

@@ -1,12 +1,9 @@
 """What a run achieved, for people: one self-contained HTML page of sample images with questions and answers.
 
-The page needs no network and no other file: images are data URLs, the style is inline, nothing is a script. Every
-text from the data or the model is escaped.
+The page is of markup.py's kind: it needs no network, no other file and no script.
 """
 
-import base64
 import html
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,9 +11,7 @@ from typing import Any
 from PIL import Image
 
 from moe_vlm_jax.data import records as records_lib
-from moe_vlm_jax.evaluation import report, scorers
-
-IMAGE_SIDE = 440  # pixels of an image on the page; larger ones are reduced
+from moe_vlm_jax.evaluation import markup, report, scorers
 
 
 def write_page(
@@ -47,34 +42,34 @@ def write_page(
     now = {row["id"]: row for row in after}
     then = {row["id"]: row for row in before or ()}
     groups = _samples(records, now, num_samples)
-    text = PAGE.format(
-        title=html.escape(title),
-        note=html.escape(note),
-        tables="".join(
-            _html_table(results, metric, head)
-            for metric, head in (("exact_match", "Exact match"), ("anls", f"ANLS ({scorers.ANLS_RULE} rule)"))
-        ),
-        cards="".join(_card(group, now, then, load_image) for group in groups),
-        shown=sum(len(group) for group in groups),
-        total=len(now),
+    tables = "".join(
+        _table(results, metric, head)
+        for metric, head in (("exact_match", "Exact match"), ("anls", f"ANLS ({scorers.ANLS_RULE} rule)"))
+    )
+    cards = "".join(
+        markup.card(group[0].images, (_question(record, now, then) for record in group), load_image) for group in groups
+    )
+    heading = f"<h2>Samples ({sum(len(group) for group in groups)} of {len(now)} questions)</h2>"
+    text = markup.document(
+        title=title,
+        note=note,
+        style=_STYLE,
+        body=f'<div class="tables">{tables}</div>\n{heading}\n<div class="cards">{cards}</div>',
     )
     report.write_atomically(path, text)
 
 
-def _html_table(results: Mapping[str, scorers.Scores], metric: str, head: str) -> str:
+def _table(results: Mapping[str, scorers.Scores], metric: str, caption: str) -> str:
     names = [name for name in report.COLUMNS if name in results]
-    heads = "".join(f'<th scope="col" class="{name}">{html.escape(name)}</th>' for name in names)
+    heads = ['<th scope="col">question type</th>', '<th scope="col">questions</th>']
+    heads += [f'<th scope="col" class="{name}">{html.escape(name)}</th>' for name in names]
     rows = "".join(
         f'<tr><th scope="row">{html.escape(kind)}</th><td>{count}</td>'
         + "".join(f'<td class="{name}">{cell}</td>' for name, cell in zip(names, cells, strict=True))
         + "</tr>"
         for kind, count, cells in report.table_rows(results, names, metric)
     )
-    return (
-        f'<div class="scroll"><table><caption>{html.escape(head)}</caption><thead><tr>'
-        f'<th scope="col">question type</th><th scope="col">questions</th>{heads}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
+    return markup.table(caption=caption, heads=heads, bodies=[rows])
 
 
 def _samples(
@@ -91,99 +86,16 @@ def _samples(
     return [ordered[i * len(ordered) // wanted] for i in range(wanted)] if ordered and num_samples else []
 
 
-def _card(
-    group: Sequence[records_lib.Record],
-    after: Mapping[str, Mapping],
-    before: Mapping[str, Mapping],
-    load_image: Callable[[Any], Image.Image],
-) -> str:
-    pictures = "".join(
-        f'<img alt="the picture of these questions" src="{_data_url(load_image(ref))}">' for ref in group[0].images
-    )
-    asked = []
-    for record in group:
-        now, then = after[record.id], before.get(record.id)
-        answers = " <i>or</i> ".join(html.escape(answer) for answer in dict.fromkeys(record.answers))
-        lines = [f"<dt>gold</dt><dd>{answers}</dd>"]
-        if then is not None:
-            lines.append(f"<dt>before</dt>{_verdict(then)}")
-        lines.append(f"<dt>{'after' if before else 'model'}</dt>{_verdict(now)}")
-        kind = f'<span class="kind">{html.escape(record.answer_type)}</span>' if record.answer_type else ""
-        asked.append(f"<li><p>{html.escape(now['question'])} {kind}</p><dl>{''.join(lines)}</dl></li>")
-    return f"<article><figure>{pictures}</figure><ol>{''.join(asked)}</ol></article>"
+def _question(record: records_lib.Record, after: Mapping[str, Mapping], before: Mapping[str, Mapping]) -> str:
+    now, then = after[record.id], before.get(record.id)
+    lines = [("gold", markup.accepted(record.answers))]
+    if then is not None:
+        lines.append(("before", markup.verdict(then)))
+    lines.append(("after" if before else "model", markup.verdict(now)))
+    return markup.question(now["question"], record.answer_type, lines)
 
 
-def _verdict(row: Mapping) -> str:
-    """Returns the answer with a sign and a word for right or wrong: colour is never the only mark."""
-    text = html.escape(row["prediction"]) or "<i>nothing</i>"
-    if row["exact_match"]:
-        return f'<dd class="right">{text} <b>✓ right</b></dd>'
-    near = f" (ANLS {row['anls']:.2f})" if row["anls"] else ""
-    return f'<dd class="wrong">{text} <b>✗ wrong{near}</b></dd>'
-
-
-def _data_url(image: Image.Image) -> str:
-    image = image.convert("RGB")
-    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-    factor = IMAGE_SIDE // max(image.size)
-    if factor > 1:  # tiny renderings: whole multiples keep their pixels crisp
-        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --ink: #1c2230; --soft: #5b6475; --line: #d9dee7; --page: #f6f7f9; --card: #fff;
-  --right: #0b6b3a; --wrong: #a32020; --lead: #eaf1fb; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6e9ef; --soft: #9aa4b5; --line: #343b48; --page: #14171d;
-  --card: #1d2129; --right: #6fd39b; --wrong: #f19a9a; --lead: #223047; }} }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; max-width: 1180px; padding: 2rem 1.25rem 4rem; background: var(--page); color: var(--ink);
-  font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }}
-h1 {{ font-size: 1.6rem; margin: 0 0 .3rem; }}
-h2 {{ font-size: 1.15rem; margin: 2.2rem 0 .8rem; }}
-.note {{ color: var(--soft); margin: 0 0 1.4rem; max-width: 75ch; }}
-.tables {{ display: flex; flex-wrap: wrap; gap: 1.25rem; align-items: flex-start; }}
-.scroll {{ max-width: 100%; overflow-x: auto; }}
-table {{ border-collapse: collapse; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  font-variant-numeric: tabular-nums; }}
-caption {{ text-align: left; font-weight: 600; padding: 0 0 .4rem; }}
-th, td {{ padding: .3rem .55rem; text-align: right; border-top: 1px solid var(--line); }}
-thead th {{ font-weight: 600; color: var(--soft); border-top: 0; }}
-th[scope=row], thead th:first-child {{ text-align: left; font-weight: 500; }}
-tbody tr:first-child > * {{ font-weight: 700; }}
-td.after, th.after {{ background: var(--lead); color: var(--ink); }}
-.cards {{ columns: 2 480px; column-gap: 1.25rem; }}
-article {{ break-inside: avoid; margin: 0 0 1.25rem; padding: 1rem; background: var(--card);
-  border: 1px solid var(--line); border-radius: 8px; display: flex; gap: 1rem; align-items: flex-start; min-width: 0; }}
-figure {{ margin: 0; flex: 0 0 38%; max-width: 38%; display: grid; gap: .5rem; }}
-img {{ width: 100%; height: auto; border: 1px solid var(--line); background: #fff; }}
-ol {{ margin: 0; padding: 0; list-style: none; flex: 1; min-width: 0; }}
-li + li {{ border-top: 1px solid var(--line); margin-top: .7rem; padding-top: .7rem; }}
-li p {{ margin: 0 0 .3rem; font-weight: 600; overflow-wrap: anywhere; }}
-.kind {{ font-weight: 400; font-size: .8rem; color: var(--soft); white-space: nowrap; }}
-dl {{ margin: 0; display: grid; grid-template-columns: max-content 1fr; gap: .1rem .7rem; }}
-dt {{ color: var(--soft); }}
-dd {{ margin: 0; overflow-wrap: anywhere; }}
-dd b {{ font-weight: 600; font-size: .85rem; white-space: nowrap; }}
-.right b {{ color: var(--right); }}
-.wrong b {{ color: var(--wrong); }}
-@media (max-width: 640px) {{ article {{ flex-direction: column; }} figure {{ max-width: 260px; flex: none; }} }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="note">{note}</p>
-<div class="tables">{tables}</div>
-<h2>Samples ({shown} of {total} questions)</h2>
-<div class="cards">{cards}</div>
-</body>
-</html>
+_STYLE = """\
+tbody tr:first-child > * { font-weight: 700; }
+td.after, th.after { background: var(--lead); color: var(--ink); }
 """

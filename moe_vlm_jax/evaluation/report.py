@@ -9,11 +9,18 @@ from moe_vlm_jax.evaluation import scorers
 
 # Names of results.json -> column heads, in order.
 COLUMNS = ("before", "after", "blind", "shuffled")
+PREDICTIONS, PREDICTIONS_BEFORE = "predictions.jsonl", "predictions_before.jsonl"  # files of a workdir
 
 
 def write_predictions(path: str | os.PathLike, predictions: Sequence[Mapping]) -> None:
     """Writes one JSON object a line; the file is whole or absent, never half written."""
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
+
+
+def read_predictions(path: str | os.PathLike) -> list[dict]:
+    """Returns the predictions that write_predictions wrote."""
+    with pathlib.Path(path).open(encoding="utf-8") as lines:  # str.splitlines would also split at U+2028 and others
+        return [json.loads(line) for line in lines]
 
 
 def write_results(path: str | os.PathLike, results: Mapping[str, scorers.Scores]) -> None:

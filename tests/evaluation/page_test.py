@@ -16,7 +16,7 @@ NASTY = "<script>alert('&')</script> \"{x}\""
 class Reader(html.parser.HTMLParser):
     """Collects the elements and texts of a page and checks that they nest."""
 
-    VOID = frozenset({"meta", "img", "br", "link"})
+    VOID = frozenset({"meta", "img", "br", "link", "input"})
 
     def __init__(self, text: str):
         super().__init__()
@@ -108,7 +108,7 @@ def test_every_text_is_escaped_and_nothing_is_loaded_from_elsewhere(written):
     sizes = [Image.open(io.BytesIO(base64.b64decode(s.removeprefix("data:image/png;base64,")))).size for s in sources]
     assert sizes == [(384, 288), (440, 147), (384, 288)]
     assert all(attrs["alt"] for attrs in reader.all("img"))
-    assert "http" not in text
+    assert "://" not in text
 
 
 def test_samples_are_whole_images_spread_over_the_split(written):
