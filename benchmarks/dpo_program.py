@@ -98,6 +98,13 @@ def largest(text: str, size: int) -> int:
     return sum(math.prod(map(int, dims.split(","))) >= size for dims in found)
 
 
+def temporary_bytes(program: jax.stages.Compiled) -> int:
+    """Returns what a program needs beside its arguments and results."""
+    memory = program.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
 def measure(remat: str) -> dict[str, float]:
     """Returns the figures of one remat policy."""
     shape = SHAPE
@@ -111,16 +118,16 @@ def measure(remat: str) -> dict[str, float]:
     sft = compiled(config, batch, steps.SUPERVISED)
     codes = sum(2 * x.codes.size for x in quant.quantized_leaves(_frozen(config)).values())
     vocabulary = batch.tokens.size * config.model.decoder.vocab_size
+    text = dpo.as_text() or ""
     return {
-        "flops": run_flops(dpo.as_text(), batch, config),
+        "flops": run_flops(text, batch, config),
         "analytic": analytic_flops(config, batch),
-        "temp": dpo.memory_analysis().temp_size_in_bytes,
-        "temp_sft": sft.memory_analysis().temp_size_in_bytes,
-        "separate_flops": run_flops(apart.as_text(), separate, config),
-        "separate_temp": apart.memory_analysis().temp_size_in_bytes,
-        "passes": unpacked(dpo.as_text()) / codes,
-        "passes_sft": unpacked(sft.as_text()) / codes,
-        "arrays_of_all_logits": largest(dpo.as_text(), vocabulary),
+        "temp": temporary_bytes(dpo),
+        "temp_sft": temporary_bytes(sft),
+        "separate_flops": run_flops(apart.as_text() or "", separate, config),
+        "passes": unpacked(text) / codes,
+        "passes_sft": unpacked(sft.as_text() or "") / codes,
+        "arrays_of_all_logits": largest(text, vocabulary),
     }
 
 

@@ -29,7 +29,7 @@ def get_config(argument: str = "tiny") -> config_lib.RunConfig | config_lib.Chai
     """Returns the config of an argument, see above."""
     if argument == "tiny":
         return Preferences(sft=finetuning.tiny_sft(), dpo=_tiny(adapter="@sft", pairs="@sft"))
-    paths = {"adapter": "runs/sft/adapter", "pairs": "pairs.jsonl"}
+    paths = {"adapter": "runs/sft", "pairs": "pairs.jsonl"}
     if argument == "tiny-dpo":
         return _tiny(**paths)
     if argument not in presets.MOE_LLAVA:

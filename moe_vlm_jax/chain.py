@@ -2,11 +2,10 @@
 
     <workdir>/<run>/              the workdir of each run
     <workdir>/<run>/model/        the checkpoint that it leaves, in HF layout
-    <workdir>/<run>/adapter/      or, of a run of adapters, those, in PEFT's layout
     <workdir>/<run>/pairs.jsonl   what it trains on, if that was sampled from an earlier run
     <workdir>/comparison.html     evaluated runs side by side
 
-training.base='@stage1' is the checkpoint of the run stage1, training.adapter='@sft' the adapter of the run sft, and
+training.base='@stage1' is the checkpoint of the run stage1, training.adapter='@sft' what the run sft trained, and
 preference.pairs='@sft' are pairs sampled from what sft leaves. Standard library only.
 """
 
@@ -43,11 +42,6 @@ def model_folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
     return workdir / name / "model"
 
 
-def adapter_folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
-    """Returns where the run `name` of the chain in a workdir leaves its adapter."""
-    return workdir / name / "adapter"
-
-
 def pairs_file(workdir: pathlib.Path, name: str) -> pathlib.Path:
     """Returns where the pairs lie that the run `name` of the chain in a workdir trains on."""
     return workdir / name / "pairs.jsonl"
@@ -60,7 +54,7 @@ def placed(run: config_lib.RunConfig, workdir: pathlib.Path, name: str) -> confi
     if "training.base" in taken:
         training = dataclasses.replace(training, base=str(model_folder(workdir, taken["training.base"])))
     if "training.adapter" in taken:
-        training = dataclasses.replace(training, adapter=str(adapter_folder(workdir, taken["training.adapter"])))
+        training = dataclasses.replace(training, adapter=str(workdir / taken["training.adapter"]))
     if "preference.pairs" in taken:
         usual = config_lib.PreferenceConfig()
         sampling = {field: getattr(usual, field) for field in ("num_pairs", "temperature", "top_p")}
@@ -71,11 +65,6 @@ def placed(run: config_lib.RunConfig, workdir: pathlib.Path, name: str) -> confi
 def leaves_checkpoint(run: config_lib.RunConfig) -> bool:
     """Whether a run's result is a whole checkpoint; adapters and quantised bases are merged by moe_vlm_jax.merge."""
     return run.model.lora.rank == 0 and run.model.quant.kind == "none"
-
-
-def leaves_adapter(run: config_lib.RunConfig) -> bool:
-    """Whether a run's result is an adapter."""
-    return run.model.lora.rank > 0
 
 
 def validate(config: config_lib.RunConfig | config_lib.Chain) -> None:
@@ -121,7 +110,7 @@ def _handovers(found: Mapping[str, config_lib.RunConfig]) -> Iterator[str]:
                 )
             elif field == "training.base":
                 yield from _misfits(name, run.model, source, found[source].model)
-            elif field == "training.adapter" and not leaves_adapter(found[source]):
+            elif field == "training.adapter" and found[source].model.lora.rank == 0:
                 yield f"{where} has no adapters (model.lora.rank=0); take its checkpoint: training.base."
             elif field == "training.adapter":
                 yield from _other_base(name, run, source, found[source])

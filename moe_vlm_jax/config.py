@@ -229,7 +229,9 @@ class TrainingConfig:
     # Relative standard deviation of noise on the kernels of upcycled experts, which else start as equal copies. For
     # a dense base.
     upcycling_noise: float = 0.0
-    adapter: str = ""  # folder of an adapter of this base, in PEFT's layout, to go on from; empty: new adapters
+    # What was trained on this base, to go on from: the workdir of a run (in a chain also '@NAME'), or the folder of an
+    # adapter in PEFT's layout; empty: new adapters.
+    adapter: str = ""
     seed: int = 0
     batch_size: int = 4  # rows of one micro-batch, over all devices
     accumulation: int = 2  # micro-batches of one step
@@ -254,7 +256,7 @@ class PreferenceConfig:
     gamma: float = 0.0  # simpo only: the margin of rewards to aim at
     sft_coef: float = 0.0  # times the cross-entropy of chosen answers, added to the loss
     # What the policy is compared with: 'start', the policy as it begins (the SFT model) | 'base', adapters off | the
-    # folder of another adapter of the same shape, in PEFT's layout.
+    # workdir of a run or the folder of an adapter of the same shape, as for training.adapter.
     reference: str = "start"
     # File of the reference's log-probs; written before training if it does not exist. The step then runs the policy
     # alone. Relative to the workdir; empty: computed in every step.

@@ -108,12 +108,10 @@ def train_chain(config: config_lib.Chain, workdir: pathlib.Path) -> None:
             run, state = train(run_config, folder)
             run.checkpoints.close()
             run.iterator.close()
-            with command_line.user_errors():
-                if chain.leaves_checkpoint(run_config):
-                    params = nnx.merge_state(state.trainable, run.frozen)
+            if chain.leaves_checkpoint(run_config):
+                params = nnx.merge_state(state.trainable, run.frozen)
+                with command_line.user_errors():
                     export.write_model(chain.model_folder(workdir, name), params, run.config)
-                elif chain.leaves_adapter(run_config):
-                    export.write_adapter(chain.adapter_folder(workdir, name), folder)
             if jax.process_index() == 0:
                 export.write_summary(folder, name, state.trainable, run.num_steps)
             distributed.barrier(f"{name} is finished")

@@ -94,7 +94,6 @@ def test_dpo_trains_on_what_sft_says_from_where_sft_ends(tmp_path, monkeypatch, 
     assert all(len(pair.chosen.split()) < len(pair.rejected.split()) for pair in found)
     assert (workdir / "dpo" / "candidates.jsonl").read_bytes() == sampled
     assert len(candidates_lib.read_candidates(workdir / "dpo" / "candidates.jsonl", bad_samples.BadSamples("error")))
-    assert (workdir / "sft" / "adapter" / "adapter_model.safetensors").is_file()
 
     # DPO begins where SFT ends: with its answers, and at chance among the held-out pairs.
     assert (workdir / "dpo" / "predictions_before.jsonl").read_bytes() == (

@@ -1,6 +1,6 @@
 """The language model: embeddings, blocks (parallel or sequential), final norm, head; all families by config."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -305,7 +305,7 @@ class Decoder(nnx.Module):
         return jax.lax.scan(body, streams, xs, unroll=self.config.scan_unroll)
 
 
-def replaced(module: nnx.Module, params: nnx.State | None) -> nnx.Module:
+def replaced(module: Any, params: nnx.State | None) -> Any:
     """Returns the module with these values in the place of its own for some of its parameters."""
     if params is None:
         return module

@@ -20,7 +20,7 @@ from absl import logging
 from flax import nnx
 
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import sharding, validation
+from moe_vlm_jax import sharding, tree, validation
 from moe_vlm_jax.hf import adapter_readers
 from moe_vlm_jax.hf import adapters as hf_adapters
 from moe_vlm_jax.hf import configs as hf_configs
@@ -70,6 +70,8 @@ def with_adapter(params: nnx.State, config: config_lib.ModelConfig, training: co
     Raises:
       ValueError: the adapter is unreadable, or was made for another model or another base.
     """
+    if checkpoint.is_workdir(training.adapter):
+        return _as_trained(params, config, training.adapter)
     info = None if is_saved(training.base) else hf_configs.read(training.base, vision=training.base_vision or None)
     file = pathlib.Path(training.adapter) / hf_adapters.BASE_FILE
     layout = json.loads(file.read_text(encoding="utf-8"))["layout"] if file.is_file() else "moe_llava"
@@ -83,6 +85,26 @@ def with_adapter(params: nnx.State, config: config_lib.ModelConfig, training: co
     for note in found.notes:
         logging.info("%s: %s", training.adapter, note)
     return adapter_readers.placed(params, found.leaves)
+
+
+def _as_trained(params: nnx.State, config: config_lib.ModelConfig, workdir: str) -> nnx.State:
+    """Returns the parameters with those that the run in a workdir trained, of its newest checkpoint."""
+    run = checkpoint.read_config(workdir)
+    if dataclasses.replace(run.model.lora, dropout=0.0) != dataclasses.replace(config.lora, dropout=0.0):
+        raise ValueError(
+            f"training.adapter={workdir!r} is a run with {run.model.lora}, but model.lora is {config.lora}; make them "
+            "equal (dropout apart)."
+        )
+    if run.training.adapter:
+        params = with_adapter(params, config, run.training)
+    groups = {"trained": run.training.trainable, "frozen": run.training.frozen}
+    parts = tree.partition(params, groups)
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, run.model.param_dtype, sharding=x.sharding), parts["trained"]
+    )
+    frozen = checkpoint.fingerprint(narrow(parts["frozen"], run.model.compute_dtype))
+    trained = checkpoint.newest(workdir, wanted, frozen)
+    return nnx.merge_state(params, _as(trained, parts["trained"]))
 
 
 def is_saved(folder: str) -> bool:

@@ -226,6 +226,11 @@ def check_processes(workdir: str | os.PathLike, config: config_lib.RunConfig | c
     )
 
 
+def is_workdir(folder: str | os.PathLike) -> bool:
+    """Whether a folder is the workdir of a run that has saved itself."""
+    return (pathlib.Path(folder) / "config.json").is_file() and (pathlib.Path(folder) / "checkpoints").is_dir()
+
+
 def read_config(workdir: str | os.PathLike) -> config_lib.RunConfig:
     """Returns the config of the run in a workdir."""
     path = pathlib.Path(workdir) / "config.json"

@@ -1,7 +1,6 @@
 """What a finished run of a chain leaves behind: its checkpoint in HF layout and its line of the chain's table.
 
     <run>/model/          config.json and safetensors, as the reference and training.base read them
-    <run>/adapter/        or, of a run of adapters, those, as PEFT and training.adapter read them
     <run>/summary.json    steps, loss at both ends, held-out scores
 
 The summary is written last: with it, the run is finished.
@@ -20,7 +19,7 @@ from flax import nnx
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import distributed, tree
 from moe_vlm_jax.hf import configs, describe, writers
-from moe_vlm_jax.training import adapted, base
+from moe_vlm_jax.training import base
 
 _LAYOUT = "moe_llava"
 _SUMMARY = "summary.json"
@@ -60,29 +59,6 @@ def write_model(folder: pathlib.Path, params: nnx.State, config: config_lib.RunC
             f"{str(folder)!r}, which process 0 wrote, is not seen by the processes {', '.join(map(str, blind))}; the "
             "next run of the chain reads it on all of them; use a workdir on a file system that they share."
         )
-
-
-def write_adapter(folder: pathlib.Path, workdir: pathlib.Path) -> None:
-    """Writes the adapter of a finished run, as `write_model` writes a checkpoint.
-
-    Args:
-      folder: to write.
-      workdir: of the run.
-
-    Raises:
-      ValueError: more processes than one, which `adapted.open_run` does not serve.
-    """
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"an adapter is handed on by one process, and this run has {jax.process_count()}; write it with python -m "
-            "moe_vlm_jax.merge --adapter-only on one machine, and start the next run with training.adapter."
-        )
-    if folder.is_dir():
-        return
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    adapted.write_adapter(adapted.open_run(str(workdir), None), partial)
-    partial.rename(folder)
 
 
 def _write(folder: pathlib.Path, whole: Mapping[str, Any], config: config_lib.RunConfig) -> None:

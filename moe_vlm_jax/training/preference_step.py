@@ -117,8 +117,8 @@ def log_probs(
 def _reference_log_probs(
     model: vlm.VLM, reference: nnx.State, output: vlm.ModelOutput, batch: batch_lib.Batch, chunk: int
 ) -> jax.Array:
-    other = decoder.replaced(model, reference)
-    assert isinstance(other, vlm.VLM) and output.reference is not None
+    other: vlm.VLM = decoder.replaced(model, reference)
+    assert output.reference is not None
     scores = language_modeling.token_scores(output.reference, batch.labels, other.logits, chunk=chunk)
     return jax.lax.stop_gradient(answers.sums(scores.log_prob, batch))
 
