@@ -1,12 +1,12 @@
 """Figures of preference training: FLOPs and memory of the compiled step, and its time beside TRL's way in PyTorch.
 
-    flops_ratio             compiled / least FLOPs: each image once, each slot once a stream, the reference forward only
-    temp_memory_ratio_sft   temporary bytes of the DPO step / of the SFT step on the same rows
-    dequantisations         times that a step unpacks each 4-bit weight: forward and backward, whatever the streams
-    arrays_of_all_logits    arrays of the size tokens x vocabulary in the program
-    shared_prompt_gain      FLOPs with a prompt for each answer / with one for both
-    step_ratio_trl_8, _64   our step / that of the fastest PyTorch variant, CPU seconds of one core, answers of 8 and 64
-    memory_ratio_trl_8, _64 peak memory of the process, compilation included
+    flops_ratio                compiled / least FLOPs: each image once, each slot once a stream, the reference forward only
+    temp_memory_ratio_sft      temporary bytes of the DPO step / of the SFT step on the same rows
+    dequantisation_ratio_sft   4-bit codes that the DPO step unpacks / the SFT step: 1, though it has two streams
+    arrays_of_all_logits       arrays of the size tokens x vocabulary in the program
+    shared_prompt_gain         FLOPs with a prompt for each answer / with one for both
+    step_ratio_trl_8, _64      our step / that of the fastest PyTorch variant, CPU seconds of one core, answers of 8 and 64
+    memory_ratio_trl_8, _64    peak memory of the process, compilation included
 
 Both sides have one model, one set of pairs and of adapters; their first losses must agree before anything is timed.
 """
@@ -58,8 +58,10 @@ def program_figures() -> Iterator[dict[str, Any]]:
         yield figure(f"flops_ratio{suffix}", found["flops"] / found["analytic"], "ratio", against)
         against = f"SFT step, {found['temp_sft'] / 2**20:.0f} MiB"
         yield figure(f"temp_memory_ratio_sft{suffix}", found["temp"] / found["temp_sft"], "ratio", against)
-        against = f"a step; SFT {found['passes_sft']:.2f}"
-        yield figure(f"dequantisations{suffix}", found["passes"], "times", against)
+        ratio = found["passes"] / found["passes_sft"]
+        yield figure(
+            f"dequantisation_ratio_sft{suffix}", ratio, "ratio", "SFT step: codes unpacked, forward and backward"
+        )
         yield figure(f"arrays_of_all_logits{suffix}", found["arrays_of_all_logits"], "arrays", "")
         against = "a prompt for each answer, answers of 64 tokens"
         yield figure(f"shared_prompt_gain{suffix}", found["separate_flops"] / found["flops"], "ratio", against)

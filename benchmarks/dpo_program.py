@@ -92,10 +92,10 @@ def unpacked(text: str) -> float:
     return 2 * count(entry)  # a byte holds two
 
 
-def largest(text: str, size: int) -> int:
-    """Returns how many arrays of at least `size` elements with a vocabulary's axis the program names."""
-    found = re.findall(r"\b(?:f32|bf16|f16)\[([0-9,]+)\]", text)
-    return sum(math.prod(map(int, dims.split(","))) >= size for dims in found)
+def arrays_of_logits(text: str, tokens: int, vocabulary: int) -> int:
+    """Returns how many float arrays of the program have a vocabulary's axis and an element for each token and word."""
+    shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"\b(?:f32|bf16|f16)\[([0-9,]+)\]", text)]
+    return sum(vocabulary in shape and math.prod(shape) >= tokens * vocabulary for shape in shapes)
 
 
 def temporary_bytes(program: jax.stages.Compiled) -> int:
@@ -117,7 +117,6 @@ def measure(remat: str) -> dict[str, float]:
     apart = compiled(config, separate, preference_step.PREFERENCE)
     sft = compiled(config, batch, steps.SUPERVISED)
     codes = sum(2 * x.codes.size for x in quant.quantized_leaves(_frozen(config)).values())
-    vocabulary = batch.tokens.size * config.model.decoder.vocab_size
     text = dpo.as_text() or ""
     return {
         "flops": run_flops(text, batch, config),
@@ -127,7 +126,7 @@ def measure(remat: str) -> dict[str, float]:
         "separate_flops": run_flops(apart.as_text() or "", separate, config),
         "passes": unpacked(text) / codes,
         "passes_sft": unpacked(sft.as_text() or "") / codes,
-        "arrays_of_all_logits": largest(text, vocabulary),
+        "arrays_of_all_logits": arrays_of_logits(text, batch.tokens.size, config.model.decoder.vocab_size),
     }
 
 
