@@ -1,11 +1,11 @@
 """Figures of preference training: FLOPs and memory of the compiled step, and its time beside TRL's way in PyTorch.
 
-    flops_ratio                compiled / least FLOPs: each image once, each slot once a stream, the reference forward only
+    flops_ratio                compiled / least FLOPs: an image once, a slot once a stream, the reference forward only
     temp_memory_ratio_sft      temporary bytes of the DPO step / of the SFT step on the same rows
     dequantisation_ratio_sft   4-bit codes that the DPO step unpacks / the SFT step: 1, though it has two streams
     arrays_of_all_logits       arrays of the size tokens x vocabulary in the program
     shared_prompt_gain         FLOPs with a prompt for each answer / with one for both
-    step_ratio_trl_8, _64      our step / that of the fastest PyTorch variant, CPU seconds of one core, answers of 8 and 64
+    step_ratio_trl_8, _64      our step / that of the fastest PyTorch variant, CPU seconds, answers of 8 and 64
     memory_ratio_trl_8, _64    peak memory of the process, compilation included
 
 Both sides have one model, one set of pairs and of adapters; their first losses must agree before anything is timed.
