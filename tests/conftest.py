@@ -13,6 +13,15 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+# Files that take longest come first: at the end, one process would wait for the other.
+_LONG = ("moe/expert_parallel_test.py", "train_test.py", "distributed_test.py", "preference_chain_test.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves the files of _LONG to the front."""
+    items.sort(key=lambda item: not str(item.path).endswith(_LONG))
+
+
 @pytest.fixture(scope="session")
 def goldens() -> pathlib.Path:
     """The folder of golden values; MOE_VLM_GOLDENS points the same tests at another folder of that layout."""
