@@ -20,6 +20,7 @@ GROUPS = {
     "sft": ("sft", "data"),
     "nf4": ("nf4", "qlora"),
     "dpo": ("dpo",),
+    "dpo_quality": ("dpo_quality",),
     "quality": ("qlora_quality",),
     "expert_parallel": ("expert_parallel",),
     "moe_tuning": ("moe_tuning",),

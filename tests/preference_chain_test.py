@@ -127,3 +127,10 @@ def test_dpo_trains_on_what_sft_says_from_where_sft_ends(tmp_path, monkeypatch, 
     said = capsys.readouterr().err
     assert "were made from something else" in said and "quantiser: other in the file" in said
     assert "adapters:" not in said and "pairs:" not in said
+
+    # So is an adapter of another shape.
+    other = chain.placed(runs(tmp_path / "cache").dpo, workdir, "dpo")
+    other.model.lora.rank = 4
+    with pytest.raises(SystemExit):
+        train.train(other, tmp_path / "other")
+    assert "is a run with LoraConfig(rank=3" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
+from flax import nnx
 
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import tree
@@ -20,6 +21,7 @@ GROUPS = (
     "frozen float",
     "trainable adapters",
     "trainable others",
+    "reference",
     "optimizer moments",
     "counters and keys",
     "batch",
@@ -48,13 +50,16 @@ class Count(NamedTuple):
     trainable: int
 
 
-def groups(model: setup.Model, state: state_lib.TrainState, batch: batch_lib.Batch) -> dict[str, Group]:
+def groups(
+    model: setup.Model, state: state_lib.TrainState, batch: batch_lib.Batch, reference: nnx.State | None = None
+) -> dict[str, Group]:
     """Returns everything that the step takes, by GROUPS.
 
     Args:
       model: of `setup.make_model`.
       state: of `setup.abstract_state`.
       batch: of `setup.abstract_batch`.
+      reference: of `shapes.Shapes`.
     """
     found: dict[str, list[Group]] = {name: [] for name in GROUPS}
     for value in tree.leaves(model.frozen).values():
@@ -67,6 +72,8 @@ def groups(model: setup.Model, state: state_lib.TrainState, batch: batch_lib.Bat
     for path, value in tree.leaves(model.trainable).items():
         name = "trainable adapters" if re.fullmatch(adapters.PATHS, path) else "trainable others"
         found[name].append(_group([value.get_value()], _weights(value.get_value())))
+    for value in jax.tree.leaves(reference):
+        found["reference"].append(_group([value], 0))
     for value in jax.tree.leaves(state.opt_state):
         found["optimizer moments" if value.ndim else "counters and keys"].append(_group([value], 0))
     found["counters and keys"].append(_group([state.step, state.rng], 0))

@@ -167,7 +167,7 @@ def make_plan(config: config_lib.RunConfig, target: targets.Target, *, compiled:
         step=shape,
         coverage=coverage.rows(model.trainable, model.frozen),
         parameters=memory.parameters(model),
-        groups=memory.groups(model, described.state, batch),
+        groups=memory.groups(model, described.state, batch, described.reference),
         capacity=target.memory,
         program=program,
         refusal=refusal,

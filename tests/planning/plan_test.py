@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from moe_vlm_jax import collectives
+from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.planning import chips, estimate, memory, meshes, plan, report, shapes, targets
 from tests.planning import examples
 
@@ -16,15 +17,20 @@ def tpu():
     return targets.find("v5e", examples.run_config(qlora=True).mesh)
 
 
-@pytest.mark.parametrize("qlora", [False, True])
-def test_the_compiled_step_takes_the_bytes_that_were_counted(qlora):
+@pytest.mark.parametrize("kind", ["full", "qlora", "dpo"])
+def test_the_compiled_step_takes_the_bytes_that_were_counted(kind):
+    qlora = kind != "full"
     config = examples.run_config(qlora=qlora)
+    if kind == "dpo":
+        config.model.lora.dropout = 0.0
+        config.preference = config_lib.PreferenceConfig(loss="sigmoid", pairs="pairs.jsonl")
     made = plan.make_plan(config, targets.find("local", config.mesh), compiled=True)
     assert made.program is not None
     unused = 2 * 12 * 4 if qlora else 0  # jit drops the tower's last norm, which only its text tower reads
     assert made.program.arguments == sum(group.bytes for group in made.groups.values()) - unused
     state = sum(made.groups[name].bytes for name in memory.GROUPS if name.startswith(("trainable", "opt", "count")))
     assert made.program.aliased == state  # the whole state is donated
+    assert (made.groups["reference"].bytes > 0) == (kind == "dpo")
     assert made.program.temporaries > 0
     assert made.program.flops is not None and made.program.flops > 0
     assert made.fits and made.left is not None and made.left < made.capacity

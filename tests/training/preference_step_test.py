@@ -171,6 +171,7 @@ def test_the_gradient_is_that_of_the_papers_equation():
         return preference_step.log_probs(graphdef, nnx.merge_state(t, frozen), batch, config).reshape(-1, 2)
 
     theirs = log_probs(graphdef, nnx.merge_state(reference, frozen), batch, config).reshape(-1, 2)
+
     @jax.jit
     def closed_form(t):
         mine, pullback = jax.vjp(policy, t)
