@@ -1,8 +1,9 @@
 """Preference training: DPO of a LoRA policy against the model that it starts from, over one frozen 4-bit base.
 
-    configs/dpo.py               SFT of the tiny base (configs/sft.py), 1,000 pairs sampled from it and marked by the
-                                 automatic rule, DPO on them: a chain, on the embedded synthetic infographics
-    configs/dpo.py:tiny-dpo      its last run alone, after a run of configs/sft.py and with pairs from a file
+    configs/dpo.py               SFT of the tiny base, 1,000 pairs sampled from it and marked by the automatic rule, DPO
+                                 on them: a chain, on the embedded synthetic infographics, half of whose answers are
+                                 sentences here
+    configs/dpo.py:tiny-dpo      its last run alone, after a run of SFT and with pairs from a file
     configs/dpo.py:phi2-4e       MoE-LLaVA checkpoints on pairs about InfographicVQA; also stablelm-4e, qwen-4e, and
                                  with -384 behind them those with SigLIP at 384 pixels
 
@@ -28,7 +29,7 @@ class Preferences(config_lib.Chain):
 def get_config(argument: str = "tiny") -> config_lib.RunConfig | config_lib.Chain:
     """Returns the config of an argument, see above."""
     if argument == "tiny":
-        return Preferences(sft=finetuning.tiny_sft(), dpo=_tiny(adapter="@sft", pairs="@sft"))
+        return Preferences(sft=finetuning.tiny_wordy_sft(), dpo=_tiny(adapter="@sft", pairs="@sft"))
     paths = {"adapter": "runs/sft", "pairs": "pairs.jsonl"}
     if argument == "tiny-dpo":
         return _tiny(**paths)
@@ -40,4 +41,6 @@ def get_config(argument: str = "tiny") -> config_lib.RunConfig | config_lib.Chai
 
 
 def _tiny(*, adapter: str, pairs: str) -> config_lib.RunConfig:
-    return finetuning.preferences(finetuning.tiny_sft(), adapter=adapter, pairs=pairs, learning_rate=2e-4, batch_size=8)
+    config = finetuning.tiny_wordy_sft()
+    config.data.images_per_row = 4  # a pair is a quarter of a row
+    return finetuning.preferences(config, adapter=adapter, pairs=pairs, learning_rate=5e-4, batch_size=8, epochs=2.0)

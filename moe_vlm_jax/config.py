@@ -174,6 +174,9 @@ class DataConfig:
     cache: str = ""  # embedded: where rendered images go; empty: the user's cache folder
     difficulty: str = "mini"  # embedded: mini (64 px, closed vocabulary) | full (real layouts)
     num_images: int = 0  # embedded: how many to render; 0 is the preset's default
+    # embedded: share of the answers to train on that are whole sentences ('the item is sun'), so that preferences have
+    # something to shorten; accepted answers stay as they are.
+    wordy_share: float = 0.0
     split: str = "train"
     eval_split: str = "val"  # empty: no evaluation
     # Keep only records of these answer types, of both splits, e.g. ("caption",) or ("image-span", "question-span");

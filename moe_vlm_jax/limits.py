@@ -93,6 +93,7 @@ RANGES: dict[tuple[float | None, float | None, bool], dict[str, str]] = {
     },
     (0, 1, True): {
         "optimizer": "warmup_ratio final_ratio",
+        "data": "wordy_share",
     },
     (0, 0.999999, True): {
         "optimizer": "b1 b2",

@@ -238,7 +238,7 @@ def _data(config: config_lib.RunConfig) -> Iterator[str]:
     else:
         yield from idle("answer_types", by_source)
     if data.source != "embedded":
-        yield from idle("difficulty num_images", by_source)
+        yield from idle("difficulty num_images wordy_share", by_source)
     if not data.share_prefix:
         yield from idle("max_branches", "with data.share_prefix=False")
 

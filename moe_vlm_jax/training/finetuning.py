@@ -88,8 +88,22 @@ def moe_llava_sft(name: str) -> config_lib.RunConfig:
     )
 
 
+def tiny_wordy_sft() -> config_lib.RunConfig:
+    """`tiny_sft` on data of which half of the answers are whole sentences: what DPO is then to make short again."""
+    config = tiny_sft()
+    config.data.wordy_share, config.data.row_lengths = 0.5, (160,)
+    config.generation.max_new_tokens = 12
+    return config
+
+
 def preferences(
-    config: config_lib.RunConfig, *, adapter: str, pairs: str, learning_rate: float, batch_size: int
+    config: config_lib.RunConfig,
+    *,
+    adapter: str,
+    pairs: str,
+    learning_rate: float,
+    batch_size: int,
+    epochs: float = 1.0,
 ) -> config_lib.RunConfig:
     """DPO (arXiv 2305.18290) after a run of SFT: its adapter goes on, and its start is the reference.
 
@@ -102,6 +116,7 @@ def preferences(
       pairs: file of pairs, or '@NAME'.
       learning_rate: at the peak.
       batch_size: rows of a micro-batch.
+      epochs: over the pairs.
     """
     model = config.model
     model.lora.dropout, model.decoder.embed_dropout, model.decoder.residual_dropout = 0.0, 0.0, 0.0
@@ -109,6 +124,6 @@ def preferences(
     training = config.training
     training.trainable, training.frozen = stages.LORA_OF_DECODER
     training.adapter, training.batch_size = adapter, batch_size
-    training.epochs, training.max_steps = 1.0, 0
+    training.epochs, training.max_steps = epochs, 0
     config.preference = config_lib.PreferenceConfig(loss="sigmoid", beta=0.1, pairs=pairs)
     return config

@@ -12,10 +12,12 @@ one renders and the others wait for it.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 import zlib
@@ -41,7 +43,8 @@ def load_records(data: config_lib.DataConfig, split: str) -> list[records.Record
     """
     folder = ensure_rendered(data, split)
     content = json.loads(_json_path(folder, split).read_text(encoding="utf-8"))
-    return [_record(row, folder, data.difficulty) for row in content["data"]]
+    found = [_record(row, folder, data.difficulty) for row in content["data"]]
+    return [_wordy(record) if _chance(record.id) < data.wordy_share else record for record in found]
 
 
 def ensure_rendered(data: config_lib.DataConfig, split: str) -> pathlib.Path:
@@ -143,6 +146,24 @@ def _record(row: dict, folder: pathlib.Path, difficulty: str) -> records.Record:
         answers=tuple(row["answers"]),
         answer_type=row["answer_type"][0],
     )
+
+
+def _chance(name: str) -> float:
+    """Returns a number in [0, 1) that belongs to a record: the same sentences in every run and every process."""
+    return zlib.crc32(f"wordy {name}".encode()) / 2**32
+
+
+def _wordy(record: records.Record) -> records.Record:
+    """Returns the record with its answer as a sentence, in words of the mini set's vocabulary; captions stay."""
+    *asked, answered = record.turns
+    if record.answer_type == mini_questions.CAPTION:
+        return record
+    parts = answered.text.split(", ")
+    kind = "value" if all(re.fullmatch(r"[\d.,%]+", part) for part in parts) else "item"
+    subject = (
+        f"the {kind} is" if len(parts) == 1 else "the items are" if kind == "item" else "the value of the items is"
+    )
+    return dataclasses.replace(record, turns=(*asked, records.Turn("gpt", f"{subject} {answered.text}")))
 
 
 def _json_path(folder: pathlib.Path, split: str) -> pathlib.Path:

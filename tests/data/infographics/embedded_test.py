@@ -144,3 +144,21 @@ def test_an_unknown_difficulty_or_split_is_an_error(tmp_path, monkeypatch, setti
     monkeypatch.undo()
     with pytest.raises(ValueError, match=message):
         embedded.load_records(config_lib.DataConfig(cache=str(tmp_path), **settings), split)
+
+
+def test_a_share_of_the_answers_to_train_on_are_sentences(tmp_path):
+    plain = config_lib.DataConfig(cache=str(tmp_path), num_images=30)
+    wordy = config_lib.DataConfig(cache=str(tmp_path), num_images=30, wordy_share=0.5)
+    before, after = (embedded.load_records(data, "train") for data in (plain, wordy))
+    assert after == embedded.load_records(wordy, "train")
+    known = set(vocabulary.words())
+    changed = 0
+    for one, other in zip(before, after, strict=True):
+        assert (one.id, one.answers, one.turns[:-1]) == (other.id, other.answers, other.turns[:-1])
+        short, long = one.turns[-1].text, other.turns[-1].text
+        assert long == short or (long.startswith("the ") and long.endswith(f" {short}"))
+        assert set(long.replace(",", " ,").split()) <= known
+        changed += long != short
+        assert long == short or one.answer_type != "caption"
+    asked = sum(record.answer_type != "caption" for record in before)
+    assert 0.4 < changed / asked < 0.6
