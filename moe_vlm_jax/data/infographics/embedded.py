@@ -160,9 +160,8 @@ def _wordy(record: records.Record) -> records.Record:
         return record
     parts = answered.text.split(", ")
     kind = "value" if all(re.fullmatch(r"[\d.,%]+", part) for part in parts) else "item"
-    subject = (
-        f"the {kind} is" if len(parts) == 1 else "the items are" if kind == "item" else "the value of the items is"
-    )
+    of_many = {"item": "the items are", "value": "the value of the items is"}
+    subject = of_many[kind] if len(parts) > 1 else f"the {kind} is"
     return dataclasses.replace(record, turns=(*asked, records.Turn("gpt", f"{subject} {answered.text}")))
 
 

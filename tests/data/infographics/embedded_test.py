@@ -9,7 +9,7 @@ from PIL import Image
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.data import bad_samples, infographicvqa
-from moe_vlm_jax.data.infographics import embedded, mini
+from moe_vlm_jax.data.infographics import embedded, mini, vocabulary
 
 
 @pytest.fixture(scope="module")
