@@ -16,7 +16,8 @@ FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 LARGE = ["phi2-4e", "stablelm-4e", "qwen-4e", "phi2-4e-384", "stablelm-4e-384", "qwen-4e-384"]
 ALL = [
     *((config, size) for config in ("sft", "stage1", "stage2", "stage3") for size in ("tiny", *LARGE)),
-    *(("sft", "tiny-full"), ("stage2", "phi2-4e-frozen_projector"), ("stage2", "tiny-frozen_projector")),
+    *(("sft", "tiny-full"), ("dpo", "tiny-dpo"), *(("dpo", size) for size in LARGE)),
+    *(("stage2", "phi2-4e-frozen_projector"), ("stage2", "tiny-frozen_projector")),
     *(("stage3", f"{size}-{variant}") for size in ("tiny", "phi2-4e", "qwen-4e") for variant in ("moe_only", "dense")),
 ]
 CHAINS = [(name, size) for name in ("moe_tuning", "siblings") for size in ("tiny", *LARGE)]
@@ -58,7 +59,7 @@ def test_a_config_is_valid_and_names_every_parameter_of_its_model(name, argument
         assert 0.5e6 < total < 3e6
     elif name == "stage3" and argument in SIZES:
         assert (round(total / 1e9, 2), round(trained / 1e9, 2)) == SIZES[argument]
-    elif name == "sft":
+    elif name in ("sft", "dpo"):
         assert trained == ADAPTERS[argument.removesuffix("-384")]
         quantised = quant.chosen(list(tree.leaves(params)), config.model.quant)
         assert any("/experts/" in path for path in quantised)
@@ -91,7 +92,20 @@ def test_the_siblings_differ_in_experts_and_in_what_trains_alone():
     assert runs["dense"] == runs["moe_only"] == runs["ffn_all"]
 
 
-@pytest.mark.parametrize("name", ["sft", "stage1", "stage2", "stage3", "moe_tuning", "siblings"])
+def test_the_preference_chain_goes_on_from_what_sft_trained():
+    config = _load("dpo").get_config()
+    chain.validate(config)
+    runs = chain.runs(config)
+    assert list(runs) == ["sft", "dpo"]
+    assert chain.parents(runs["dpo"]) == {"training.adapter": "sft", "preference.pairs": "sft"}
+    alone = _load("dpo").get_config("tiny-dpo")
+    alone.training.adapter, alone.preference.pairs = "@sft", "@sft"
+    assert runs["dpo"] == alone
+    for section in ("model", "generation"):
+        assert getattr(runs["sft"], section) == getattr(runs["dpo"], section)
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "stage1", "stage2", "stage3", "moe_tuning", "siblings"])
 def test_without_an_argument_it_is_tiny(name):
     module = _load(name)
     assert module.get_config() == module.get_config("tiny")
@@ -101,6 +115,7 @@ def test_without_an_argument_it_is_tiny(name):
     ("name", "known"),
     [
         ("sft", "tiny, tiny-full, phi2-4e, .*"),
+        ("dpo", "tiny, tiny-dpo, phi2-4e, .*"),
         *((name, "tiny, phi2-4e, .*") for name in ("stage1", "moe_tuning", "siblings")),
         ("stage2", "tiny, phi2-4e, .*, or one of them with -frozen_projector behind it"),
         ("stage3", "tiny, phi2-4e, .*, or one of them with -dense, -moe_only, -ffn_all behind it"),

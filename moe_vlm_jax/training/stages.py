@@ -21,9 +21,7 @@ LORA_AND_ROUTERS = Stage(
 )
 
 # Adapters of the language model alone: those of the tower and the projector, if there are any, rest.
-LORA_OF_DECODER = Stage(
-    trainable=(r"decoder/.*/lora_[ab]",), frozen=(r".*/(?!lora_[ab]$)\w+", r"(vision|projector)/.*/lora_[ab]")
-)
+LORA_OF_DECODER = Stage(trainable=(r"decoder/.*/lora_[ab]",), frozen=(r"(?!decoder/.*/lora_[ab]$).*",))
 
 EVERYTHING = Stage(trainable=(".*",), frozen=())
 
