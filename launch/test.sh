@@ -69,4 +69,4 @@ else
     pytest_arguments+=("--ignore=$file")
   done < <(grep -rlE --include='*_test.py' "$torch_import" tests | sort)
 fi
-timed pytest run "$bin/python" -m pytest -q -rs --durations=15 -n "${WORKERS:-2}" --dist loadfile "${pytest_arguments[@]}"
+timed pytest run "$bin/python" -m pytest -q -rs --durations=15 -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "${pytest_arguments[@]}"
