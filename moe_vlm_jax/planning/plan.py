@@ -11,7 +11,7 @@ from absl import logging
 
 from moe_vlm_jax import collectives as collectives_lib
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import cost, traffic
+from moe_vlm_jax import cost, sharding, traffic
 from moe_vlm_jax.planning import chips, memory, meshes, shapes, targets
 from moe_vlm_jax.planning import estimate as estimate_lib
 from moe_vlm_jax.training import coverage
@@ -140,6 +140,7 @@ def make_plan(config: config_lib.RunConfig, target: targets.Target, *, compiled:
     """
     described = shapes.make_shapes(config, target.devices)
     config, model, batch = described.config, described.model, described.batch
+    sharding.process_rows(model.mesh, config.training.batch_size, 0)  # refuses rows that the mesh does not divide
     text, program, refusal = _compile(described) if compiled else ("", None, "")
     estimate, no_estimate = None, "" if program is None else _no_estimate(program, target.chip, config)
     if program is not None and target.chip is not None and not no_estimate:

@@ -9,7 +9,6 @@ from flax import nnx
 
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import sharding
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import reference as reference_lib
 from moe_vlm_jax.training import setup
@@ -45,10 +44,9 @@ def make_shapes(config: config_lib.RunConfig, devices: Sequence[Any]) -> Shapes:
     """Returns the shapes of a validated config's step on described devices; allocates nothing.
 
     Raises:
-      ValueError: the mesh does not fit the devices, the parameters or the rows, or patterns do not fit the parameters.
+      ValueError: the mesh does not fit the devices or the parameters, or patterns do not fit the parameters.
     """
     model = setup.make_model(config, devices)
-    sharding.process_rows(model.mesh, config.training.batch_size, 0)
     config = dataclasses.replace(config, model=model.config)
     # How many steps there are is a number in the schedule: any will do.
     optimizer = optimizer_lib.make_optimizer(config.optimizer, config.training.max_steps or 1000)
