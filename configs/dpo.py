@@ -30,14 +30,15 @@ def get_config(argument: str = "tiny") -> config_lib.RunConfig | config_lib.Chai
     """Returns the config of an argument, see above."""
     if argument == "tiny":
         return Preferences(sft=finetuning.tiny_wordy_sft(), dpo=_tiny(adapter="@sft", pairs="@sft"))
-    paths = {"adapter": "runs/sft", "pairs": "pairs.jsonl"}
+    adapter, pairs = "runs/sft", "pairs.jsonl"
     if argument == "tiny-dpo":
-        return _tiny(**paths)
+        return _tiny(adapter=adapter, pairs=pairs)
     if argument not in presets.MOE_LLAVA:
         known = ", ".join(["tiny", "tiny-dpo", *presets.MOE_LLAVA])
         raise ValueError(f"configs/dpo.py has no argument {argument!r}; use one of {known}.")
     sft = finetuning.moe_llava_sft(argument)
-    return finetuning.preferences(sft, **paths, learning_rate=5e-6, batch_size=sft.training.batch_size)
+    rows = sft.training.batch_size
+    return finetuning.preferences(sft, adapter=adapter, pairs=pairs, learning_rate=5e-6, batch_size=rows)
 
 
 def _tiny(*, adapter: str, pairs: str) -> config_lib.RunConfig:
