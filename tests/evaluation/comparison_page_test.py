@@ -8,9 +8,9 @@ from PIL import Image
 
 from moe_vlm_jax.data import records as records_lib
 from moe_vlm_jax.evaluation import comparison_page
+from tests import browser as browser_lib
 from tests.evaluation.comparison_test import led_runs, prediction
 from tests.evaluation.page_test import Reader
-from tests.preferences import browser as browser_lib
 
 NASTY = "<script>document.title = 'gone'</script> & \"<b>x</b>\""
 

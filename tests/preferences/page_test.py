@@ -9,7 +9,7 @@ import pytest
 
 from moe_vlm_jax.data import bad_samples
 from moe_vlm_jax.preferences import annotate, candidates, marks
-from tests.preferences import browser as browser_lib
+from tests import browser as browser_lib
 from tests.preferences import examples
 from tests.preferences.server_test import Process
 

@@ -209,6 +209,20 @@ def test_log_probs_that_were_computed_beforehand_train_alike():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("loss", "told", "added"), [("sigmoid", 0.3, 0.3), ("orpo", 0.0, 1.0)])
+def test_the_cross_entropy_of_chosen_answers_is_added(loss, told, added):
+    config = run_config(loss=loss, sft_coef=told)
+    graphdef, trainable, frozen = parts(config)
+    batch = pair_batch(config)
+    reference = None if loss == "orpo" else other_reference(config)
+    chosen = log_probs(graphdef, nnx.merge_state(trainable, frozen), batch, config)[..., 0]
+    entropy = -float(chosen.sum()) / sum([1, 2, 3, 1, 2])
+    _, metrics = train_step(config)[1](first_state(config), frozen, batch, reference)
+    assert float(metrics["train/loss"]) == pytest.approx(
+        float(metrics["train/preference_loss"]) + added * entropy, rel=1e-5
+    )
+
+
 def test_micro_batches_give_the_step_of_one_batch():
     config = run_config(sft_coef=0.3)
     _, _, frozen = parts(config)
