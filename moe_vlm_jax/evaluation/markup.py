@@ -1,13 +1,16 @@
 """HTML that the pages of an evaluation have in common: the frame, its style, pictures, answers with their marks.
 
-A page needs no network and no other file: images are data URLs, the style is inline, nothing is a script, and a policy
-in its head says so to the browser. Functions take texts as they are and return HTML in which they are escaped.
+A page needs no network and no other file: images are data URLs, the style is inline, and so is the script of the pages
+that have one. A policy in the head says so to the browser; it lets that script run, by its hash, and no other.
+Functions take texts as they are and return HTML in which they are escaped.
 """
 
 import base64
+import hashlib
 import html
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
@@ -15,7 +18,7 @@ from PIL import Image
 IMAGE_SIDE = 440  # pixels of an image on a page; larger ones are reduced
 
 
-def document(*, title: str, note: str, style: str, body: str) -> str:
+def document(*, title: str, note: str, style: str, body: str, script: str = "") -> str:
     """Returns a whole page.
 
     Args:
@@ -23,8 +26,16 @@ def document(*, title: str, note: str, style: str, body: str) -> str:
       note: one sentence below it, a text.
       style: CSS rules beside STYLE.
       body: HTML.
+      script: JavaScript that runs when the page is read; without a closing tag in it.
     """
-    return _DOCUMENT.format(title=html.escape(title), note=html.escape(note), style=STYLE + style, body=body)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return _DOCUMENT.format(
+        title=html.escape(title),
+        note=html.escape(note),
+        policy=_POLICY + (f"; script-src 'sha256-{digest}'" if script else ""),
+        style=STYLE + style,
+        body=body + (f"\n<script>{script}</script>" if script else ""),
+    )
 
 
 def table(*, caption: str, heads: Iterable[str], bodies: Iterable[str]) -> str:
@@ -57,13 +68,41 @@ def card(
       load_image: image reference -> PIL image.
       classes: CSS classes.
     """
-    pictures = "".join(
-        f'<img alt="the picture of these questions" src="{_data_url(load_image(ref))}">' for ref in images
-    )
-    return f"<article{_classes(classes)}><figure>{pictures}</figure><ol>{''.join(questions)}</ol></article>"
+    return card_of(map(picture, map(_data_url, map(load_image, images))), questions, classes=classes)
 
 
-def question(text: str, answer_type: str, lines: Iterable[tuple[str, str]], *, classes: Iterable[str] = ()) -> str:
+def card_of(pictures: Iterable[str], questions: Iterable[str], *, classes: Iterable[str] = ()) -> str:
+    """Returns pictures with the questions beside them.
+
+    Args:
+      pictures: HTML.
+      questions: HTML: <li> elements.
+      classes: CSS classes.
+    """
+    shown = "".join(pictures)
+    figure = f"<figure>{shown}</figure>" if shown else ""
+    return f"<article{_classes(classes)}>{figure}<ol>{''.join(questions)}</ol></article>"
+
+
+def picture(url: str) -> str:
+    """Returns the <img> element of a data URL."""
+    return f'<img alt="the picture of these questions" src="{url}">'
+
+
+def thumbnail(image: Image.Image, *, side: int) -> str:
+    """Returns a picture of at most so many pixels a side as a data URL: PNG or JPEG, whichever is shorter."""
+    image = _sized(image, side)
+    return min((_encoded(image, "PNG", optimize=True), _encoded(image, "JPEG", quality=82)), key=len)
+
+
+def question(
+    text: str,
+    answer_type: str,
+    lines: Iterable[tuple[str, str]],
+    *,
+    classes: Iterable[str] = (),
+    data: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Returns a question with what was answered.
 
     Args:
@@ -71,10 +110,12 @@ def question(text: str, answer_type: str, lines: Iterable[tuple[str, str]], *, c
       answer_type: shown beside it; may be empty.
       lines: (name, a text; HTML: its <dd> element) of each answer.
       classes: CSS classes.
+      data: data-* attributes by name, for a script: texts.
     """
     kind = f'<span class="kind">{html.escape(answer_type)}</span>' if answer_type else ""
     answers = "".join(f"<dt>{html.escape(name)}</dt>{answer}" for name, answer in lines)
-    return f"<li{_classes(classes)}><p>{html.escape(text)} {kind}</p><dl>{answers}</dl></li>"
+    attributes = "".join(f' data-{name}="{html.escape(value)}"' for name, value in data.items())
+    return f"<li{_classes(classes)}{attributes}><p>{html.escape(text)} {kind}</p><dl>{answers}</dl></li>"
 
 
 def accepted(answers: Sequence[str]) -> str:
@@ -89,12 +130,23 @@ def verdict(row: Mapping, remarks: Sequence[str] = ()) -> str:
       row: a prediction, with keys prediction, exact_match and anls.
       remarks: texts behind the mark.
     """
-    text = html.escape(row["prediction"]) or "<i>nothing</i>"
-    said = "".join(f' <span class="kind">{html.escape(remark)}</span>' for remark in remarks)
-    if row["exact_match"]:
-        return f'<dd class="right">{text} <b>✓ right</b>{said}</dd>'
     near = f" (ANLS {row['anls']:.2f})" if row["anls"] else ""
-    return f'<dd class="wrong">{text} <b>✗ wrong{near}</b>{said}</dd>'
+    mark = "✓ right" if row["exact_match"] else f"✗ wrong{near}"
+    return marked(row["prediction"], mark, "right" if row["exact_match"] else "wrong", remarks)
+
+
+def marked(prediction: str, mark: str, kind: str, remarks: Sequence[str] = ()) -> str:
+    """Returns the <dd> element of an answer with its mark.
+
+    Args:
+      prediction: a text.
+      mark: a text.
+      kind: CSS class.
+      remarks: texts behind the mark.
+    """
+    text = html.escape(prediction) or "<i>nothing</i>"
+    said = "".join(f' <span class="kind">{html.escape(remark)}</span>' for remark in remarks)
+    return f'<dd class="{kind}">{text} <b>{html.escape(mark)}</b>{said}</dd>'
 
 
 def _classes(names: Iterable[str]) -> str:
@@ -103,21 +155,30 @@ def _classes(names: Iterable[str]) -> str:
 
 
 def _data_url(image: Image.Image) -> str:
+    return _encoded(_sized(image, IMAGE_SIDE), "PNG", optimize=True)
+
+
+def _sized(image: Image.Image, side: int) -> Image.Image:
     image = image.convert("RGB")
-    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-    factor = IMAGE_SIDE // max(image.size)
+    image.thumbnail((side, side))
+    factor = side // max(image.size)
     if factor > 1:  # tiny renderings: whole multiples keep their pixels crisp
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return image
+
+
+def _encoded(image: Image.Image, form: str, **options: Any) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    image.save(buffer, format=form, **options)
+    return f"data:image/{form.lower()};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _DOCUMENT = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>

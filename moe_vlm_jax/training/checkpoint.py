@@ -236,8 +236,13 @@ def read_config(workdir: str | os.PathLike) -> config_lib.RunConfig:
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
         raise ValueError(f"{str(workdir)!r} is no workdir of a run: it has no config.json; check the path.")
+    return config_of(json.loads(path.read_text(encoding="utf-8")))
+
+
+def config_of(fields: Mapping[str, Any]) -> config_lib.RunConfig:
+    """Returns the config of fields by dotted path, as config.json holds them; others have their defaults."""
     config = config_lib.RunConfig()
-    for name, value in json.loads(path.read_text(encoding="utf-8")).items():
+    for name, value in fields.items():
         *sections, leaf = name.split(".")
         holder = config
         for section in sections:

@@ -1,0 +1,337 @@
+"""The tables of a report: models x columns with averages, intervals, answers, details, runs.
+
+A column holds figures that can be compared: the same questions, metric, rule, label and judge. Published figures have
+columns and rows of their own, and no average or interval of measured ones sees them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from moe_vlm_jax.evaluation import units, verbosity
+from moe_vlm_jax.reporting import evaluations, intervals, published
+from moe_vlm_jax.reporting.evaluations import Answer, Column, Evaluation, Parameters
+from moe_vlm_jax.reporting.layout import NOTHING, Cell, Head, Row, Section, Table, figure
+
+PUBLISHED = "published"
+
+
+class Average(NamedTuple):
+    """Which columns an average is made of.
+
+    Attributes:
+      columns: measured for every model, percentages, one for each benchmark; fewer than two make no average.
+      left_out: why the others are not in it.
+    """
+
+    columns: Sequence[Column]
+    left_out: Sequence[str]
+
+
+def average_of(found: Sequence[Evaluation]) -> Average:
+    """Returns the columns whose mean is every model's average.
+
+    Only what every model has: else averages would differ by what was asked. Never MME, which is in points, or
+    LLaVA-Bench, which is relative to another model; and no benchmark that has two columns, by two rules for one.
+    """
+    titles = evaluations.titles(found)
+    left_out, kept = [], []
+    for column in evaluations.columns(found):
+        title = titles[column.benchmark]
+        missing = [one.name for one in found if (its := one.result(column)) is None or its.score is None]
+        if not column.is_percentage:
+            left_out.append(f"{title} is no percentage of questions")
+        elif missing:
+            left_out.append(f"{title} ({column.metric}, {column.rule}) has no figure for {', '.join(missing)}")
+        else:
+            kept.append(column)
+    twice = {column.benchmark for column in kept if sum(column.benchmark == other.benchmark for other in kept) > 1}
+    left_out += [f"{titles[benchmark]} has several columns" for benchmark in sorted(twice)]
+    return Average([column for column in kept if column.benchmark not in twice], list(dict.fromkeys(left_out)))
+
+
+def average(one: Evaluation, columns: Sequence[Column]) -> float:
+    """Returns the mean of a model's figures in columns that it has."""
+    scores = [its.score for column in columns if (its := one.result(column)) is not None and its.score is not None]
+    assert len(scores) == len(columns) > 0
+    return sum(scores) / len(scores)
+
+
+def main_table(found: Sequence[Evaluation], beside: Sequence[published.Table]) -> Table:
+    """Returns models x columns.
+
+    Args:
+      found: measured models.
+      beside: published tables whose rows stand below them, in columns of their own, where a benchmark is measured.
+    """
+    measured = evaluations.columns(found)
+    others = _published_columns({column.benchmark for column in measured}, beside)
+    kinds: list[Column | _PublishedColumn] = []  # the published columns of a benchmark behind the measured ones
+    for column in measured:
+        kinds.append(column)
+        if column is [other for other in measured if other.benchmark == column.benchmark][-1]:
+            kinds += [other for other in others if other.benchmark == column.benchmark]
+    means = average_of(found)
+    has_average = len(means.columns) > 1
+    titles = evaluations.titles(found)
+    number = {column: i for i, column in enumerate(measured, start=1)}
+    heads = [Head("model"), Head("activated", ("parameters",))]
+    heads += [_head(column, titles, number) for column in kinds]
+    heads += [Head("average", (f"of {len(means.columns)} columns",))] * has_average
+    rows = []
+    for one in found:
+        cells = [Cell(activated(one.parameters))]
+        cells += [_score(one, column) if isinstance(column, Column) else NOTHING for column in kinds]
+        cells += [Cell(figure(average(one, means.columns)))] * has_average
+        rows.append(Row(one.name, cells))
+    sections = [Section("", rows)]
+    for table in beside:
+        lines = [_published_row(table, row, kinds, has_average) for row in table.rows]
+        if lines := [line for line in lines if any(cell != NOTHING for cell in line.cells[1:])]:
+            sections.append(Section(f"{PUBLISHED}, not measured here: {table.source}", lines, published=True))
+    notes = [_note(column, number[column], found) for column in measured]
+    if has_average:
+        made_of = ", ".join(titles[column.benchmark] for column in means.columns)
+        without = f" Left out: {'; '.join(means.left_out)}." if means.left_out else ""
+        notes.append(f"average: the mean of {made_of}, measured figures only.{without}")
+    elif len(measured) > 1 and means.left_out:
+        notes.append(f"There is no average: {'; '.join(means.left_out)}.")
+    notes += [f"{one.name}: {remark}." for one in found for remark in one.remarks]
+    return Table("Measured models" + (", and published figures" if others else ""), heads, sections, notes)
+
+
+def interval_table(
+    made: Sequence[intervals.Interval], settings: intervals.Settings, titles: Mapping[str, str]
+) -> Table:
+    """Returns the differences of every two models with their intervals, column by column.
+
+    Args:
+      made: the intervals.
+      settings: how they were made.
+      titles: of benchmarks.
+    """
+    heads = [Head("second minus first"), Head("difference"), Head(f"{settings.confidence:.0%} interval")]
+    heads += [Head("questions"), Head("of"), Head("left out")]
+    sections: dict[Column, list[Row]] = {}
+    for one in made:
+        between = "–" if one.low is None else f"[{figure(one.low, signed=True)}, {figure(one.high, signed=True)}]"
+        clear = one.low is not None and one.high is not None and (one.low > 0 or one.high < 0)
+        paired = one.paired
+        count = str(paired.questions)
+        if len(paired.differences) != paired.questions:
+            count += f" in {len(paired.differences)} units"
+        cells = [
+            Cell(figure(one.difference, signed=True)),
+            Cell(between, "excludes 0" if clear else ""),
+            Cell(count),
+            Cell(one.column.metric if one.is_metric else f"mean question score, not {one.column.metric}"),
+            Cell(_left_out(paired, one) or "none"),
+        ]
+        sections.setdefault(one.column, []).append(Row(f"{one.second} − {one.first}", cells))
+    notes = [
+        "Paired bootstrap over the questions that both answered: percentile intervals, "
+        f"{settings.resamples} resamples, seed {settings.seed}. Points of 100. Questions that only count together are "
+        "drawn together; each interval stands for itself and is not corrected for the number of intervals."
+    ]
+    lines = [
+        Section(f"{titles[column.benchmark]}, {column.metric} ({column.rule})", rows)
+        for column, rows in sections.items()
+    ]
+    return Table("Differences", heads, lines, notes, texts=(3, 4))
+
+
+def answers_table(found: Sequence[Evaluation]) -> Table:
+    """Returns how long answers are, and what is wrong with them that no score says."""
+    heads = [Head("model"), Head("answers"), Head("words per answer"), Head("question echoed", ("% of answers",))]
+    heads += [Head("cut off"), Head("quantities"), Head("wrong unit"), Head("wrong value")]
+    titles, sections = evaluations.titles(found), []
+    for questions in dict.fromkeys(questions for one in found for questions in one.answers):
+        rows = [
+            Row(one.name, [Cell(text) for text in _wordiness(one.answers[questions])])
+            for one in found
+            if one.answers.get(questions)
+        ]
+        if rows:
+            sections.append(Section(f"{titles[questions.benchmark]} {questions.split}".strip(), rows))
+    note = (
+        f"An answer echoes its question if it has {verbosity.ECHO_WORDS} of its words in a row that no accepted answer "
+        "has. Quantities: answers with a number where an accepted answer is a number with a unit; 20 A is a wrong unit "
+        "for 20 mA, 0.02 A is not."
+    )
+    return Table("Answers", heads, sections, [note])
+
+
+def detail_tables(found: Sequence[Evaluation]) -> list[Table]:
+    """Returns, for every column with further figures, those figures x models."""
+    titles, made = evaluations.titles(found), []
+    for column in evaluations.columns(found):
+        its = {one.name: result.scores for one in found if (result := one.result(column)) is not None}
+        groups = list(dict.fromkeys(k for scores in its.values() for k, v in scores.items() if isinstance(v, dict)))
+        flat = list(dict.fromkeys(k for scores in its.values() for k, v in scores.items() if not isinstance(v, dict)))
+        sections = [Section("", [_detail(name, its.values()) for name in flat])] if flat else []
+        for group in groups:
+            inside = [scores.get(group, {}) for scores in its.values()]
+            names = dict.fromkeys(name for one in inside for name in one)
+            sections.append(Section(group, [_detail(name, inside) for name in names]))
+        if sections:
+            caption = " · ".join(
+                filter(None, (titles[column.benchmark], column.split, column.metric, column.rule, column.label))
+            )
+            made.append(Table(caption, [Head("figure"), *map(Head, its)], sections))
+    return made
+
+
+def runs_table(found: Sequence[Evaluation]) -> Table:
+    """Returns facts x models: what was evaluated, on what and for how long."""
+    counted = {
+        "parameters": lambda its: f"{its.total:,}",
+        "activated": lambda its: f"{its.activated:,}",
+        "counted of": lambda its: its.of,
+    }
+    rows = [
+        Row(name, [Cell(say(one.parameters)) if one.parameters else NOTHING for one in found])
+        for name, say in counted.items()
+    ]
+    names = dict.fromkeys(name for one in found for name in one.facts)
+    rows += [Row(name, [Cell(one.facts.get(name, NOTHING.text)) for one in found]) for name in names]
+    return Table("Runs", [Head(""), *(Head(one.name) for one in found)], [Section("", rows)], texts=range(len(found)))
+
+
+def published_table(table: published.Table) -> Table:
+    """Returns a published table as printed, with its averages computed again."""
+    heads = [
+        Head("model"),
+        Head("language model"),
+        Head("activated"),
+        *(Head(published.head(name)) for name in table.columns),
+    ]
+    if table.average_of:
+        heads += [
+            Head(table.average_head, ("printed",)),
+            Head("mean of the cells", (f"{len(table.average_of)} columns",)),
+        ]
+    rows, open_rows = [], []
+    for row in table.rows:
+        cells = [Cell(row.language_model or "–"), Cell(row.activated or "–"), *(Cell(c or "–") for c in row.cells)]
+        if table.average_of:
+            again = published.average(table, row)
+            open_rows += [row] * (not published.closes(table, row))
+            cells += [Cell(row.average or "–"), Cell(str(again or "–"), "" if published.closes(table, row) else "≠")]
+        rows.append(Row(row.model, cells))
+    notes = [f"Source: {table.source}.", *table.notes]
+    for row in open_rows:
+        notes.append(
+            f"{row.model} does not close: its cells give {published.average(table, row)}, printed is {row.average}."
+        )
+    for column, judge in table.judges.items():
+        notes.append(f"{published.head(column)}: the judge is {judge or 'not stated'}.")
+    if table.average_of:
+        notes.append(f"The mean is of {', '.join(map(published.head, table.average_of))}.")
+    return Table(f"{PUBLISHED}: {table.title}", heads, [Section("", rows, published=True)], notes, texts=(0,))
+
+
+def activated(parameters: Parameters | None) -> str:
+    """Returns "3.6B": activated parameters for people."""
+    return NOTHING.text if parameters is None else _short(parameters.activated)
+
+
+def _short(count: int) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= size:
+            return f"{count / size:.1f}{letter}"
+    return str(count)
+
+
+class _PublishedColumn(NamedTuple):
+    """Published figures of one benchmark; judged ones of one judge, or, where none is stated, of one publication."""
+
+    benchmark: str
+    judge: str
+
+
+def _published_columns(benchmarks: set[str], tables: Sequence[published.Table]) -> list[_PublishedColumn]:
+    found = [_published_column(table, name) for table in tables for name in table.columns if name in benchmarks]
+    return list(dict.fromkeys(found))
+
+
+def _published_column(table: published.Table, name: str) -> _PublishedColumn:
+    if name not in table.judges:
+        return _PublishedColumn(name, "")
+    return _PublishedColumn(name, table.judges[name] or f"judge of {table.short}")
+
+
+def _published_row(
+    table: published.Table, row: published.Row, kinds: Sequence[Column | _PublishedColumn], has_average: bool
+) -> Row:
+    cells = {_published_column(table, name): cell for name, cell in zip(table.columns, row.cells, strict=True)}
+    figures = [Cell((isinstance(kind, _PublishedColumn) and cells.get(kind)) or NOTHING.text) for kind in kinds]
+    return Row(row.model, [Cell(row.activated or NOTHING.text), *figures, *[NOTHING] * has_average])
+
+
+def _head(column: Column | _PublishedColumn, titles: Mapping[str, str], number: Mapping[Column, int]) -> Head:
+    title = titles[column.benchmark]
+    if isinstance(column, _PublishedColumn):
+        return Head(title, (PUBLISHED, *([column.judge] if column.judge else [])))
+    return Head(f"{title}\N{NO-BREAK SPACE}[{number[column]}]", (column.metric, column.rule))
+
+
+def _score(one: Evaluation, column: Column) -> Cell:
+    result = one.result(column)
+    if result is None:
+        return NOTHING
+    return Cell(figure(result.score)) if result.score is not None else Cell("not scored")
+
+
+def _note(column: Column, number: int, found: Sequence[Evaluation]) -> str:
+    """Returns what a column is, and what is to be known of its figures."""
+    results = {one.name: result for one in found if (result := one.result(column)) is not None}
+    judge = f"; judge {column.judge}" if column.judge else ""
+    counts = sorted({result.count for result in results.values()})
+    if len(counts) == 1:
+        asked = f"{counts[0]} questions"
+    else:
+        asked = "questions differ in number: " + ", ".join(f"{name} {r.count}" for name, r in results.items())
+    what = " ".join(filter(None, (next(iter(results.values())).title, column.split)))
+    text = f"[{number}] {what}, {column.metric}, rule {column.rule}: {column.label}{judge}; {asked}."
+    remarks: dict[str, list[str]] = {}
+    for name, result in results.items():
+        for remark in result.remarks:
+            remarks.setdefault(remark, []).append(name)
+    for remark, names in remarks.items():
+        of = f" ({', '.join(names)})" if len(names) < len(results) else ""
+        text += f" {remark[0].upper()}{remark[1:]}{of}."
+    return text
+
+
+def _left_out(paired: intervals.Paired, one: intervals.Interval) -> str:
+    counts = {
+        f"only {one.first}": paired.only_first,
+        f"only {one.second}": paired.only_second,
+        "other questions under the same id": paired.changed,
+        "not scored": paired.unscored,
+    }
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+
+
+def _wordiness(answers: Sequence[Answer]) -> list[str]:
+    rows = [{"question": a.asked, "answers": a.answers, "prediction": a.prediction} for a in answers]
+    verdicts = [units.check_unit(answer.prediction, answer.answers) for answer in answers]
+    quantities = len(verdicts) - verdicts.count("no quantity")
+    return [
+        str(len(answers)),
+        f"{verbosity.mean_words(rows):.1f}",
+        figure(100 * verbosity.echo_rate(rows)),
+        str(sum(answer.truncated for answer in answers)),
+        str(quantities),
+        str(verdicts.count("wrong unit")),
+        str(verdicts.count("wrong value")),
+    ]
+
+
+def _detail(name: str, columns: Any) -> Row:
+    return Row(name, [_plain(scores.get(name)) for scores in columns])
+
+
+def _plain(value: Any) -> Cell:
+    if value is None:
+        return NOTHING
+    return Cell(figure(float(value)) if isinstance(value, int | float) else str(value))
