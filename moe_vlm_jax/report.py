@@ -16,7 +16,16 @@ from collections.abc import Sequence
 
 from moe_vlm_jax import command_line
 from moe_vlm_jax.evaluation import report as files
-from moe_vlm_jax.reporting import evaluations, folders, intervals, markdown, page, published, tables
+from moe_vlm_jax.reporting import (
+    evaluations,
+    folders,
+    intervals,
+    markdown,
+    page,
+    published,
+    published_tables,
+    tables,
+)
 
 _BESIDE = ("project_report", "moe_llava")
 
@@ -40,11 +49,14 @@ def write(
     settings: intervals.Settings,
 ) -> str:
     """Writes both files and returns what the console shows: the first table, and where the files are."""
-    main_table = tables.main_table(found, beside)
-    shown = [main_table, tables.answers_table(found)]
-    if made := intervals.compare_all(found, settings):
-        shown.insert(1, tables.interval_table(made, settings, evaluations.titles(found)))
-    folded = [*tables.detail_tables(found), tables.runs_table(found), *map(tables.published_table, published.tables())]
+    titles = evaluations.titles(found)
+    measured, others = tables.measured_table(found), published_tables.beside(beside, titles)
+    differences = intervals.compare_all(found, settings)
+    shown = [measured, *([others] if others else [])]
+    shown += [tables.interval_table(differences, settings, titles)] if differences else []
+    shown.append(tables.answers_table(found))
+    folded = [*tables.detail_tables(found), tables.runs_table(found)]
+    folded += map(published_tables.as_printed, published.tables())
     title, names = arguments.title, [one.name for one in found]
     note = f"{len(found)} evaluated models: {', '.join(names)}. What is marked as published was not measured here."
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -61,7 +73,7 @@ def write(
         max_images=arguments.images,
     )
     files.write_atomically(arguments.out / "report.html", text)
-    return f"{markdown.render(main_table)}\n\nreport: {arguments.out / 'report.md'}, {arguments.out / 'report.html'}"
+    return f"{markdown.render(measured)}\n\nreport: {arguments.out / 'report.md'}, {arguments.out / 'report.html'}"
 
 
 def _check_out(out: pathlib.Path, found: Sequence[evaluations.Evaluation]) -> None:

@@ -31,11 +31,10 @@ def read(argument: str) -> list[Evaluation]:
     Raises:
       ValueError: the folder holds no results, or they cannot be read.
     """
-    name, _, path = argument.rpartition("=")
-    if name and not pathlib.Path(argument).exists():
-        folder = pathlib.Path(path)
-    else:
-        name, folder = "", pathlib.Path(argument)
+    name, equals, path = argument.partition("=")
+    if not equals or pathlib.Path(argument).exists():  # a folder may have a name with an equals sign
+        name, path = "", argument
+    folder = pathlib.Path(path)
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is no folder; give a folder of results or the workdir of a run.")
     if workdirs.is_chain(folder):

@@ -85,7 +85,7 @@ def compare(first: Evaluation, second: Evaluation, column: Column, settings: Set
     """Returns the interval of second minus first in a column that both have a figure and answers for."""
     both = (first, second)
     sides = [one.answers[column.questions] for one in both]
-    common = [
+    common: list[Whole] = [
         whole for whole in _FOLDS if all(_gives_figure(*side, column, whole) for side in zip(both, sides, strict=True))
     ]
     paired = pair(*sides, metric=column.metric, whole=common[0] if common else "mean")

@@ -4,7 +4,7 @@ import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 
 class Fields(NamedTuple):
@@ -39,7 +39,7 @@ class Fields(NamedTuple):
     def number(self, name: str, *, optional: bool = False, present: bool = False) -> float | None:
         """Returns a finite number; None for null where it is optional, and for none where it need not be present."""
         if present and name not in self.values:
-            self._wrong(name, "nothing", "a number or null")
+            self._missing(name)
         value = self._get(name, optional)
         if value is None:
             return None
@@ -63,10 +63,14 @@ class Fields(NamedTuple):
     def _get(self, name: str, optional: bool) -> Any:
         value = self.values.get(name)
         if value is None and not optional:
-            self._wrong(name, "nothing" if name not in self.values else None, "given")
+            self._missing(name)
         return value
 
-    def _wrong(self, name: str, value: Any, rule: str):
+    def _missing(self, name: str) -> NoReturn:
+        what = f"{name} is null" if name in self.values else f"there is no {name}"
+        raise ValueError(f"{self.where}: {what}, and without it nothing can be made of the rest; {self.remedy}.")
+
+    def _wrong(self, name: str, value: Any, rule: str) -> NoReturn:
         raise ValueError(f"{self.where}: {name}={value!r:.80} must be {rule}; {self.remedy}.")
 
 

@@ -233,7 +233,9 @@ td { white-space: nowrap; }
 td.text { white-space: normal; min-width: 6.5rem; max-width: 22rem; overflow-wrap: anywhere; }
 section table, details table { font-size: .88rem; }
 section th, section td, details th, details td { padding: .25rem .4rem; }
-thead th { min-width: 3.6rem; }
+section thead th { min-width: 3.6rem; }
+details table { font-size: .82rem; }
+details th, details td { padding: .2rem .3rem; }
 th[scope=row] { min-width: 9rem; overflow-wrap: anywhere; position: sticky; left: 0; background: inherit; }
 tr { background: var(--card); }
 th[scope=rowgroup] { text-align: left; font-weight: 600; font-size: .88rem; color: var(--soft); padding-top: .7rem; }

@@ -1,18 +1,16 @@
-"""The tables of a report: models x columns with averages, intervals, answers, details, runs.
+"""The tables of measured models: their figures and averages, intervals, answers, details, runs.
 
 A column holds figures that can be compared: the same questions, metric, rule, label and judge. Published figures have
-columns and rows of their own, and no average or interval of measured ones sees them.
+tables of their own (published_tables.py); no average or interval here sees one.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_vlm_jax.evaluation import units, verbosity
-from moe_vlm_jax.reporting import evaluations, intervals, published
+from moe_vlm_jax.reporting import evaluations, intervals
 from moe_vlm_jax.reporting.evaluations import Answer, Column, Evaluation, Parameters
 from moe_vlm_jax.reporting.layout import NOTHING, Cell, Head, Row, Section, Table, figure
-
-PUBLISHED = "published"
 
 
 class Average(NamedTuple):
@@ -56,47 +54,28 @@ def average(one: Evaluation, columns: Sequence[Column]) -> float:
     return sum(scores) / len(scores)
 
 
-def main_table(found: Sequence[Evaluation], beside: Sequence[published.Table]) -> Table:
-    """Returns models x columns.
-
-    Args:
-      found: measured models.
-      beside: published tables whose rows stand below them, in columns of their own, where a benchmark is measured.
-    """
-    measured = evaluations.columns(found)
-    others = _published_columns({column.benchmark for column in measured}, beside)
-    kinds: list[Column | _PublishedColumn] = []  # the published columns of a benchmark behind the measured ones
-    for column in measured:
-        kinds.append(column)
-        if column is [other for other in measured if other.benchmark == column.benchmark][-1]:
-            kinds += [other for other in others if other.benchmark == column.benchmark]
-    means = average_of(found)
+def measured_table(found: Sequence[Evaluation]) -> Table:
+    """Returns models x columns, with averages."""
+    columns, titles, means = evaluations.columns(found), evaluations.titles(found), average_of(found)
     has_average = len(means.columns) > 1
-    titles = evaluations.titles(found)
-    number = {column: i for i, column in enumerate(measured, start=1)}
     heads = [Head("model"), Head("activated", ("parameters",))]
-    heads += [_head(column, titles, number) for column in kinds]
+    for i, column in enumerate(columns, start=1):
+        heads.append(Head(f"{titles[column.benchmark]} [{i}]", (column.metric, column.rule)))
     heads += [Head("average", (f"of {len(means.columns)} columns",))] * has_average
     rows = []
     for one in found:
-        cells = [Cell(activated(one.parameters))]
-        cells += [_score(one, column) if isinstance(column, Column) else NOTHING for column in kinds]
+        cells = [Cell(activated(one.parameters)), *(_score(one, column) for column in columns)]
         cells += [Cell(figure(average(one, means.columns)))] * has_average
         rows.append(Row(one.name, cells))
-    sections = [Section("", rows)]
-    for table in beside:
-        lines = [_published_row(table, row, kinds, has_average) for row in table.rows]
-        if lines := [line for line in lines if any(cell != NOTHING for cell in line.cells[1:])]:
-            sections.append(Section(f"{PUBLISHED}, not measured here: {table.source}", lines, published=True))
-    notes = [_note(column, number[column], found) for column in measured]
+    notes = [_note(column, i, found) for i, column in enumerate(columns, start=1)]
     if has_average:
         made_of = ", ".join(titles[column.benchmark] for column in means.columns)
         without = f" Left out: {'; '.join(means.left_out)}." if means.left_out else ""
-        notes.append(f"average: the mean of {made_of}, measured figures only.{without}")
-    elif len(measured) > 1 and means.left_out:
+        notes.append(f"average: the mean of {made_of}.{without}")
+    elif len(columns) > 1 and means.left_out:
         notes.append(f"There is no average: {'; '.join(means.left_out)}.")
     notes += [f"{one.name}: {remark}." for one in found for remark in one.remarks]
-    return Table("Measured models" + (", and published figures" if others else ""), heads, sections, notes)
+    return Table("Measured", heads, [Section("", rows)], notes)
 
 
 def interval_table(
@@ -196,39 +175,6 @@ def runs_table(found: Sequence[Evaluation]) -> Table:
     return Table("Runs", [Head(""), *(Head(one.name) for one in found)], [Section("", rows)], texts=range(len(found)))
 
 
-def published_table(table: published.Table) -> Table:
-    """Returns a published table as printed, with its averages computed again."""
-    heads = [
-        Head("model"),
-        Head("language model"),
-        Head("activated"),
-        *(Head(published.head(name)) for name in table.columns),
-    ]
-    if table.average_of:
-        heads += [
-            Head(table.average_head, ("printed",)),
-            Head("mean of the cells", (f"{len(table.average_of)} columns",)),
-        ]
-    rows, open_rows = [], []
-    for row in table.rows:
-        cells = [Cell(row.language_model or "–"), Cell(row.activated or "–"), *(Cell(c or "–") for c in row.cells)]
-        if table.average_of:
-            again = published.average(table, row)
-            open_rows += [row] * (not published.closes(table, row))
-            cells += [Cell(row.average or "–"), Cell(str(again or "–"), "" if published.closes(table, row) else "≠")]
-        rows.append(Row(row.model, cells))
-    notes = [f"Source: {table.source}.", *table.notes]
-    for row in open_rows:
-        notes.append(
-            f"{row.model} does not close: its cells give {published.average(table, row)}, printed is {row.average}."
-        )
-    for column, judge in table.judges.items():
-        notes.append(f"{published.head(column)}: the judge is {judge or 'not stated'}.")
-    if table.average_of:
-        notes.append(f"The mean is of {', '.join(map(published.head, table.average_of))}.")
-    return Table(f"{PUBLISHED}: {table.title}", heads, [Section("", rows, published=True)], notes, texts=(0,))
-
-
 def activated(parameters: Parameters | None) -> str:
     """Returns "3.6B": activated parameters for people."""
     return NOTHING.text if parameters is None else _short(parameters.activated)
@@ -239,39 +185,6 @@ def _short(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f}{letter}"
     return str(count)
-
-
-class _PublishedColumn(NamedTuple):
-    """Published figures of one benchmark; judged ones of one judge, or, where none is stated, of one publication."""
-
-    benchmark: str
-    judge: str
-
-
-def _published_columns(benchmarks: set[str], tables: Sequence[published.Table]) -> list[_PublishedColumn]:
-    found = [_published_column(table, name) for table in tables for name in table.columns if name in benchmarks]
-    return list(dict.fromkeys(found))
-
-
-def _published_column(table: published.Table, name: str) -> _PublishedColumn:
-    if name not in table.judges:
-        return _PublishedColumn(name, "")
-    return _PublishedColumn(name, table.judges[name] or f"judge of {table.short}")
-
-
-def _published_row(
-    table: published.Table, row: published.Row, kinds: Sequence[Column | _PublishedColumn], has_average: bool
-) -> Row:
-    cells = {_published_column(table, name): cell for name, cell in zip(table.columns, row.cells, strict=True)}
-    figures = [Cell((isinstance(kind, _PublishedColumn) and cells.get(kind)) or NOTHING.text) for kind in kinds]
-    return Row(row.model, [Cell(row.activated or NOTHING.text), *figures, *[NOTHING] * has_average])
-
-
-def _head(column: Column | _PublishedColumn, titles: Mapping[str, str], number: Mapping[Column, int]) -> Head:
-    title = titles[column.benchmark]
-    if isinstance(column, _PublishedColumn):
-        return Head(title, (PUBLISHED, *([column.judge] if column.judge else [])))
-    return Head(f"{title}\N{NO-BREAK SPACE}[{number[column]}]", (column.metric, column.rule))
 
 
 def _score(one: Evaluation, column: Column) -> Cell:
