@@ -34,6 +34,9 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     arguments = _parse(argv)
     with command_line.user_errors():
+        for name in ("cases", "images"):
+            if getattr(arguments, name) < 0:
+                raise ValueError(f"--{name}={getattr(arguments, name)} must be 0 or more; 0 shows none.")
         settings = intervals.Settings(arguments.confidence, arguments.resamples, arguments.seed)
         beside = published.choose([name for name in arguments.published or _BESIDE if name != "none"])
         found = [one for argument in arguments.results for one in folders.read(argument)]

@@ -224,6 +224,7 @@ class _Pictures:
 
 
 _STYLE = """\
+body { overflow-wrap: break-word; }
 section { margin: 0 0 2rem; }
 thead th { vertical-align: bottom; }
 th small, td small { color: var(--soft); font-weight: 400; }
@@ -254,6 +255,10 @@ output { color: var(--soft); }
 .part b { color: var(--soft); }
 .gone { color: var(--soft); border: 1px dashed var(--line); padding: 1rem; margin: 0; font-size: .85rem; }
 input[type=search] { width: 9rem; }
-#cases .kind { white-space: normal; overflow-wrap: anywhere; }
+#filters label { max-width: 100%; }
+#filters select { max-width: min(22rem, 100%); }
+#cases dl { grid-template-columns: fit-content(10rem) 1fr; }
+#cases dt { overflow-wrap: anywhere; }
+#cases .kind, #cases dd b { white-space: normal; overflow-wrap: anywhere; }
 #cases dd .kind::before { content: "· "; }
 """

@@ -65,7 +65,7 @@ def measured_table(found: Sequence[Evaluation]) -> Table:
     rows = []
     for one in found:
         cells = [Cell(activated(one.parameters)), *(_score(one, column) for column in columns)]
-        cells += [Cell(figure(average(one, means.columns)))] * has_average
+        cells += [Cell(figure(average(one, means.columns)))] if has_average else []
         rows.append(Row(one.name, cells))
     notes = [_note(column, i, found) for i, column in enumerate(columns, start=1)]
     if has_average:
