@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "decoding": {"models"},
     "evaluation": {"decoding", "data"},
     "preferences": {"evaluation", "decoding", "data", "ready"},
-    "reporting": {"evaluation", "training", "models", "data"},
+    "reporting": {"evaluation", "training", "models", "hf", "data"},
     "chain": {"config", "validation"},
     "command_line": {"config", "validation", "chain"},
     "assets": set(),

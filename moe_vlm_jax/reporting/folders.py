@@ -18,7 +18,7 @@ from moe_vlm_jax.reporting.evaluations import Answer, Column, Evaluation, Result
 from moe_vlm_jax.reporting.json_fields import Fields, read_json, read_lines
 
 _AGAIN = "run `python -m moe_vlm_jax.evaluate` with this folder again"
-_JUDGED = ("kind", "model", "judged", "failed", "unjudged")
+_JUDGED = ("judged", "failed", "unparsed", "unjudged", "first", "last")
 
 
 def read(argument: str) -> list[Evaluation]:
@@ -77,14 +77,13 @@ def _evaluation(fields: Fields, folder: pathlib.Path, name: str) -> Evaluation:
 
 def _result(benchmark: str, found: Fields) -> Result:
     judge = found.section("judge") if found.values.get("judge") is not None else None
-    judged_by = " ".join(filter(None, (judge.text("kind"), judge.text("model", optional=True)))) if judge else ""
     column = Column(
         benchmark=benchmark,
         split=found.text("split", optional=True),
         metric=found.text("metric"),
         rule=found.text("rule"),
         label=found.text("label"),
-        judge=judged_by,
+        judge=_judged_by(judge) if judge else "",
     )
     count = found.number("count")
     return Result(
@@ -97,12 +96,23 @@ def _result(benchmark: str, found: Fields) -> Result:
     )
 
 
+def _judged_by(judge: Fields) -> str:
+    """Returns who judged, with the model that an endpoint said it served."""
+    served = judge.values.get("served") or []
+    names = [judge.text("kind"), judge.text("model", optional=True)]
+    return " ".join(filter(None, (*names, f"({', '.join(map(str, _values(served)))})" if served else "")))
+
+
 def _remarks(found: Fields, judge: Fields | None) -> list[str]:
     """Returns what a reader has to know of a figure."""
     remarks = [] if found.values.get("comparable", True) else ["not comparable with published figures"]
     if judge:
-        said = [f"{name} {judge.values[name]}" for name in _JUDGED if judge.values.get(name) not in (None, 0)]
-        remarks.append("judge: " + ", ".join(said))
+        said = [
+            f"{judge.values[name]} {name}" if isinstance(judge.values[name], int) else f"{name} {judge.values[name]}"
+            for name in _JUDGED
+            if judge.values.get(name) not in (None, 0)
+        ]
+        remarks += [f"judge: {', '.join(said)}"] if said else []
     skipped = {reason: n for reason, n in found.mapping("skipped", optional=True).items() if n}
     if skipped:
         remarks.append("not asked: " + ", ".join(f"{n} {reason}" for reason, n in skipped.items()))

@@ -35,29 +35,6 @@ def test_figures_answers_and_facts_are_read(tmp_path):
     assert found.remarks == ()
 
 
-def test_activated_parameters_are_those_of_the_language_model_whatever_the_manifest_counts(tmp_path):
-    parameters = one(tmp_path / "a").parameters
-    assert (parameters.total, parameters.activated) == (5_296_993_280, 3_618_862_080)
-    assert parameters.of == "language model"
-
-
-def test_adapters_and_quantisation_change_no_count(tmp_path):
-    head = examples.manifest()
-    head["config"] |= {"model.lora.rank": 8, "model.quant.kind": "nf4"}
-    assert one(tmp_path / "a", head=head).parameters.activated == 3_618_862_080
-
-
-def test_a_manifest_without_a_whole_config_counts_itself_and_one_without_counts_says_so(tmp_path):
-    head = examples.manifest()
-    del head["config"]["model.moe.top_k"]
-    found = one(tmp_path / "a", head=head)
-    assert found.parameters == evaluations.Parameters(11, 7, "as its manifest counts them")
-    del head["parameters"]
-    found = one(tmp_path / "b", head=head)
-    assert found.parameters is None
-    assert "activated parameters are not known" in found.remarks[0]
-
-
 def test_a_name_stands_before_the_folder(tmp_path):
     one(tmp_path / "out=1")
     one(tmp_path / "out")
@@ -73,18 +50,19 @@ def test_two_models_of_one_name_are_refused(tmp_path):
 
 
 def test_what_a_reader_has_to_know_of_a_figure_is_kept(tmp_path):
-    judge = {"kind": "endpoint", "model": "j-1", "judged": 3, "failed": 1, "unjudged": 0}
+    judge = {"kind": "endpoint", "model": "j-1", "served": ["j-1-0613"], "judged": 3, "failed": 1, "unjudged": 0}
+    judge |= {"first": "2026-11-26"}
     figures = benchmark(
         None, 4, comparable=False, judge=judge, skipped={"too long": 2, "no image": 0}, submission="submission.json"
     )
     head = examples.manifest() | {"finished": None}
     found = one(tmp_path / "a", figures, [row("a", None)], head)
     (result,) = found.results
-    assert result.column.judge == "endpoint j-1"
+    assert result.column.judge == "endpoint j-1 (j-1-0613)"
     assert result.score is None
     assert result.remarks == (
         "not comparable with published figures",
-        "judge: kind endpoint, model j-1, judged 3, failed 1",
+        "judge: 3 judged, 1 failed, first 2026-11-26",
         "not asked: 2 too long",
         "scored elsewhere: submit submission.json",
     )
