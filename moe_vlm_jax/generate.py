@@ -17,6 +17,7 @@ from moe_vlm_jax import ready
 from moe_vlm_jax.data import bad_samples, tokenize
 from moe_vlm_jax.data import records as records_lib
 from moe_vlm_jax.decoding import generate as generate_lib
+from moe_vlm_jax.decoding import prompts as prompts_lib
 from moe_vlm_jax.decoding import sampling
 from moe_vlm_jax.evaluation import runner
 
@@ -68,8 +69,8 @@ def ask(
         what = ", ".join(map(repr, words)) or f"words of the template {data.template!r}"
         raise ValueError(f"the tokenizer does not know {what}; use words (or a template) that it was made for.")
     model = source.config.model
-    length = generate_lib.expanded_length(prompt, model.vision.num_tokens)
-    generate_lib.check_length(length, generation.max_new_tokens, model)
+    length = prompts_lib.expanded_length(prompt, model.vision.num_tokens)
+    prompts_lib.check_length(length, generation.max_new_tokens, model)
     for image in images:
         source.transform.check(image)
     graphdef, params = source.load()
@@ -88,7 +89,7 @@ def _generation(args: argparse.Namespace, default: config_lib.GenerationConfig) 
     """Returns the run's settings with those of the command line, checked."""
     given = {name: getattr(args, name) for name in ("temperature", "top_p", "seed", "max_new_tokens")}
     result = dataclasses.replace(default, **{name: value for name, value in given.items() if value is not None})
-    sampling.check_settings(temperature=result.temperature, top_p=result.top_p, max_new_tokens=result.max_new_tokens)
+    sampling.check(result)
     return result
 
 

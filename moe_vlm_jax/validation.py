@@ -267,7 +267,7 @@ def _training(config: config_lib.RunConfig) -> Iterator[str]:
     if config.optimizer.schedule == "constant":
         yield from _no_effect(config.optimizer, "optimizer", "final_ratio", "with optimizer.schedule='constant'")
     if config.generation.temperature == 0:
-        yield from _no_effect(config.generation, "generation", "top_p", "with generation.temperature=0 (greedy)")
+        yield from _no_effect(config.generation, "generation", "top_p top_k", "with generation.temperature=0 (greedy)")
     row_devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert
     if training.batch_size % row_devices:
         yield (
