@@ -3,8 +3,8 @@
     --config configs/sft.py:tiny --config.optimizer.learning_rate=1e-4 --config.data.row_lengths="(256, 512)"
 
 The file's get_config(arg) gives a RunConfig (or what else the command takes: a Chain, ...), overrides set its fields,
-and `validate` checks the result. All of that happens before anything else; what is wrong is said in one message, without a
-traceback.
+and `validate` checks the result. All of that happens before anything else; what is wrong is said in one message,
+without a traceback.
 """
 
 import contextlib

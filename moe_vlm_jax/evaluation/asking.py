@@ -107,7 +107,7 @@ def prepare(
             f"{name}: {len(repeated)} ids occur more than once (first: {repeated[0]!r}); each question needs its own; "
             "fetch the files again, or remove the copies."
         )
-    kept, prompts, checked = [], [], set()
+    kept, prompts, checked, lost = [], [], set(), set()
     for question in draw(questions, max_questions):
         try:
             prompt = _encode(question, name, model, data, tokenizer, max_new_tokens)
@@ -116,9 +116,11 @@ def prepare(
                 checked.add(image)
         except bad_samples.SampleError as error:
             bad.handle(error)
+            lost.add(question.unit or question.id)
         else:
             kept.append(question)
             prompts.append(prompt)
+    kept, prompts = _whole_units(kept, prompts, lost, bad)
     bad.report(kept=len(kept), what=name)
     if not kept:
         raise ValueError(f"{name}: the files have no question; check the path and the split.")
@@ -209,6 +211,16 @@ def row_of(question: benchmark.Question, prediction: str, *, truncated: bool, fo
         "unit": question.unit or question.id,
         **question.fields,
     }
+
+
+def _whole_units(kept, prompts, lost: set[str], bad: bad_samples.BadSamples) -> tuple[list, list]:
+    """Returns the questions, and their prompts, without those that count only together with one that is lost."""
+    both = list(zip(kept, prompts, strict=True))
+    whole = [(question, prompt) for question, prompt in both if (question.unit or question.id) not in lost]
+    if len(whole) < len(both):
+        bad.counts["rest_of_its_unit"] += len(both) - len(whole)
+        bad.first.setdefault("rest_of_its_unit", "what counts only together with a question that is left out")
+    return [question for question, _ in whole], [prompt for _, prompt in whole]
 
 
 def _encode(question, name, model, data, tokenizer, max_new_tokens) -> np.ndarray:

@@ -46,6 +46,14 @@ class TextVqaConfig(BenchmarkConfig):
 
 
 @dataclasses.dataclass(kw_only=True)
+class MmbenchConfig(BenchmarkConfig):
+    """MMBench in one language."""
+
+    # Whose prompt: llava (VLMEvalKit asks LLaVA models so, too) | vlmevalkit (its generic one) | lmms_eval.
+    prompt: str = "llava"
+
+
+@dataclasses.dataclass(kw_only=True)
 class ScienceQaConfig(BenchmarkConfig):
     """ScienceQA; questions with an image are what 'ScienceQA-IMG' counts."""
 
@@ -129,11 +137,11 @@ class EvaluateConfig:
     mme: BenchmarkConfig = dataclasses.field(
         default_factory=functools.partial(BenchmarkConfig, split="test", rule="official", max_new_tokens=128)
     )
-    mmbench: BenchmarkConfig = dataclasses.field(
-        default_factory=functools.partial(BenchmarkConfig, split="dev", rule="vlmevalkit", max_new_tokens=128)
+    mmbench: MmbenchConfig = dataclasses.field(
+        default_factory=functools.partial(MmbenchConfig, split="dev", rule="vlmevalkit", max_new_tokens=128)
     )
-    mmbench_cn: BenchmarkConfig = dataclasses.field(
-        default_factory=functools.partial(BenchmarkConfig, split="dev", rule="vlmevalkit", max_new_tokens=128)
+    mmbench_cn: MmbenchConfig = dataclasses.field(
+        default_factory=functools.partial(MmbenchConfig, split="dev", rule="vlmevalkit", max_new_tokens=128)
     )
     ai2d: BenchmarkConfig = dataclasses.field(
         default_factory=functools.partial(BenchmarkConfig, split="test", rule="lmms_eval", max_new_tokens=128)
@@ -214,6 +222,10 @@ def _values(config: EvaluateConfig) -> Iterator[str]:
         yield f"on_bad_sample={config.on_bad_sample!r} is unknown; use 'error' or 'drop'."
     if config.textvqa.ocr_tokens not in _OCR:
         yield f"textvqa.ocr_tokens={config.textvqa.ocr_tokens!r} is unknown; use one of {', '.join(_OCR)}."
+    for name in ("mmbench", "mmbench_cn"):
+        known = ("llava", "vlmevalkit", *(["lmms_eval"] if name == "mmbench" else []))
+        if getattr(config, name).prompt not in known:
+            yield f"{name}.prompt={getattr(config, name).prompt!r} is unknown; use one of {', '.join(known)}."
     for name in NAMES:
         if benchmark(config, name).max_new_tokens < (0 if name == "embedded" else 1):
             yield f"{name}.max_new_tokens={benchmark(config, name).max_new_tokens} is out of range; raise it."

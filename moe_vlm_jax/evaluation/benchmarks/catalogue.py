@@ -6,7 +6,7 @@ from moe_vlm_jax.evaluation import settings
 from moe_vlm_jax.evaluation.benchmarks import benchmark, choices, documents, judged, mmbench, short_answers, vqa, yes_no
 
 _VQA = ("llava", "vlmevalkit", "lmms_eval")
-_DOCUMENTS = ("vlmevalkit", "lmms_eval", "llava")
+_KITS = ("vlmevalkit", "lmms_eval")
 
 BENCHMARKS: dict[str, benchmark.Benchmark] = {
     "embedded": benchmark.Benchmark(
@@ -20,7 +20,7 @@ BENCHMARKS: dict[str, benchmark.Benchmark] = {
     "infovqa": benchmark.Benchmark(
         title="InfographicVQA",
         folder="infographicvqa",
-        rules=_DOCUMENTS,
+        rules=_KITS,
         splits=("val", "test", "train"),
         closed=("test",),
         load=documents.load_infovqa,
@@ -30,7 +30,7 @@ BENCHMARKS: dict[str, benchmark.Benchmark] = {
     "docvqa": benchmark.Benchmark(
         title="DocVQA",
         folder="docvqa",
-        rules=_DOCUMENTS,
+        rules=_KITS,
         splits=("val", "test", "train"),
         closed=("test",),
         load=documents.load_docvqa,
@@ -103,7 +103,7 @@ BENCHMARKS: dict[str, benchmark.Benchmark] = {
         name: benchmark.Benchmark(
             title=title,
             folder="mmbench",
-            rules=("vlmevalkit", "lmms_eval"),
+            rules=rules,
             splits=("dev", "test"),
             closed=("test",),
             load=load,
@@ -111,9 +111,9 @@ BENCHMARKS: dict[str, benchmark.Benchmark] = {
             write_submission=mmbench.write_submission,
             judge=mmbench.JUDGE,
         )
-        for name, title, load in (
-            ("mmbench", "MMBench", mmbench.load_en),
-            ("mmbench_cn", "MMBench-CN", mmbench.load_cn),
+        for name, title, rules, load in (
+            ("mmbench", "MMBench", _KITS, mmbench.load_en),
+            ("mmbench_cn", "MMBench-CN", ("vlmevalkit",), mmbench.load_cn),
         )
     },
     "ai2d": benchmark.Benchmark(

@@ -6,8 +6,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from absl import logging
-
 from moe_vlm_jax.data import bad_samples
 from moe_vlm_jax.evaluation import settings
 from moe_vlm_jax.evaluation.benchmarks import benchmark, files
@@ -15,7 +13,6 @@ from moe_vlm_jax.evaluation.rules import choices, prompts
 
 LETTERS = "ABCDEFGHIJ"
 _STORED = "llava_test_CQM-A.json"  # LLaVA's prompts of the test split
-_LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
 def load_scienceqa(
@@ -24,7 +21,7 @@ def load_scienceqa(
     """Returns the questions of a split that have an image, and the others where text_questions is set.
 
     problems.json    pid_splits.json    images/test/<id>/image.png, or test/<id>/image.png
-    llava_test_CQM-A.json, if it is there: its prompts are asked (rule llava, split test)
+    llava_test_CQM-A.json: rule llava asks its prompts, which no other file holds (split test only)
     """
     del bad
     what = f"ScienceQA {config.split}"
@@ -35,7 +32,7 @@ def load_scienceqa(
     images = next(
         (p for p in (path / "images" / config.split, path / config.split, path / "images") if p.is_dir()), None
     )
-    stored = _stored(path) if (config.rule, config.split) == ("llava", "test") else {}
+    stored = _stored(path, config.split) if config.rule == "llava" else {}
     found = []
     for number in map(str, numbers):
         where = f"{file}: {number!r}"
@@ -49,6 +46,8 @@ def load_scienceqa(
         if not 0 <= answer < len(options):
             raise ValueError(f"{where}: answer={answer} is no index of its {len(options)} choices; mend the row.")
         asked = files.get(row, "question", str, where)
+        if config.rule == "llava" and number not in stored:
+            raise ValueError(f"{where} has no prompt in {_STORED}; fetch both files again.")
         prompt = stored.get(number) or prompts.scienceqa(
             asked, hint=row.get("hint") or "", choices=options, rule=benchmark.rule_of(config)
         )
@@ -90,12 +89,13 @@ def score_scienceqa(rows: Sequence[benchmark.Row], config: settings.ScienceQaCon
         for row, reply in zip(rows, replies, strict=True)
     ]
     found = choices.science_scores(replies, rule=rule)
-    scores: dict[str, Any] = {"IMG accuracy": 100 * found.image_accuracy}
+    main = None if found.image_accuracy is None else 100 * found.image_accuracy
+    scores: dict[str, Any] = {} if main is None else {"IMG accuracy": main}
     if config.text_questions:
         scores["accuracy of all"] = 100 * found.accuracy
     if any("subject" in row["group"] for row in rows):
         scores["by subject"] = benchmark.by_group(rows, fields, "subject")
-    return benchmark.Scored(metric="IMG accuracy", score=100 * found.image_accuracy, scores=scores, fields=fields)
+    return benchmark.Scored(metric="IMG accuracy", score=main, scores=scores, fields=fields)
 
 
 def load_ai2d(
@@ -141,17 +141,20 @@ def decoded_image(cell: str, where: str) -> bytes:
         raise ValueError(f"{where}: image {cell[:20]!r}... is not base64 ({error}); fetch the file again.") from error
 
 
-def _stored(path: pathlib.Path) -> dict[str, str]:
+def _stored(path: pathlib.Path, split: str) -> dict[str, str]:
     """Returns LLaVA's prompts by id."""
-    file = files.find_any(path, [_STORED])
-    if file is None:
-        return {}
-    logging.info("scienceqa: prompts as they are stored in %s", file)
+    remedy = "--config.scienceqa.rule=lmms_eval needs no such file (another prompt, another rule)"
+    if split != "test":
+        raise ValueError(f"scienceqa.split={split!r}: LLaVA's prompts are those of split 'test'; {remedy}.")
+    try:
+        file = files.find(path, [_STORED], what="ScienceQA, rule llava")
+    except ValueError as error:
+        raise ValueError(f"{error} {remedy}.") from error
     found = {}
     for i, row in enumerate(files.read_json(file, list)):
         turns = files.get(row, "conversations", list, f"{file}[{i}]")
         text = files.get(turns[0] if turns else {}, "value", str, f"{file}[{i}]")
-        found[str(row.get("id"))] = text.replace("<image>", "").strip() + _LETTER
+        found[str(row.get("id"))] = prompts.scienceqa_stored(text)
     return found
 
 
@@ -159,7 +162,7 @@ def _tsv(file: pathlib.Path):
     cells: dict[str, str] = {}
     for where, row in files.read_table(file):
         name = files.get(row, "index", str, where)
-        options = list(prompts.present_options(row, letters=LETTERS[:4]).values())
+        options = [row[letter] for letter in LETTERS[:4] if row.get(letter)]
         answer, cell = files.get(row, "answer", str, where), files.get(row, "image", str, where)
         if answer not in LETTERS[: len(options)]:
             raise ValueError(f"{where}: answer={answer!r} is none of its {len(options)} options; mend the row.")

@@ -156,11 +156,13 @@ def write_llavabench(
 
 def _mmvet_prompt(row: benchmark.Row, config: settings.JudgedConfig) -> str:
     instruction = _text(config.judge_prompt) if config.judge_prompt else _GRADER
-    return judged.mmvet_prompt(row["asked"], row["answers"][0], row["prediction"], instruction=instruction)
+    return judged.mmvet_prompt(
+        row["asked"], row["answers"][0], row["prediction"], instruction=instruction, rule=benchmark.rule_of(config)
+    )
 
 
 def _mmvet_retry(row: benchmark.Row, config: settings.JudgedConfig) -> str:
-    return _mmvet_prompt(row, config) + "\nPredict the correctness of the answer (digit): "
+    return judged.mmvet_retry_prompt(_mmvet_prompt(row, config))
 
 
 def _mmvet_parse(reply: str, config: settings.JudgedConfig) -> float | None:
@@ -179,22 +181,17 @@ def contained(row: benchmark.Row) -> float:
 
 
 def _llavabench_prompt(row: benchmark.Row, config: settings.JudgedConfig) -> str:
-    role, instruction = "Assistant", _REVIEWER
+    role, rubric = "Assistant", _REVIEWER
     if config.judge_prompt:
-        role, instruction = _review_rule(config.judge_prompt, row["group"]["category"])
-    parts = [
-        f"[Context]\n{row['context']}",
-        f"[Question]\n{row['asked']}",
-        f"[{role} 1]\n{row['answers'][0]}\n\n[End of {role} 1]",
-        f"[{role} 2]\n{row['prediction']}\n\n[End of {role} 2]",
-        f"[System]\n{instruction}",
-    ]
-    return "\n\n".join(parts) + "\n\n"
+        role, rubric = _review_rule(config.judge_prompt, row["group"]["category"])
+    return judged.review_prompt(
+        row["asked"], row["answers"][0], row["prediction"], context=row["context"], role=role, rubric=rubric
+    )
 
 
 def _llavabench_parse(reply: str, config: settings.JudgedConfig) -> list[float] | None:
     pair = judged.parse_review(reply, rule=benchmark.rule_of(config))
-    return None if min(pair) < 0 else list(pair)
+    return list(pair) if all(0 <= grade <= 10 for grade in pair) else None
 
 
 def overlap(row: benchmark.Row) -> list[float]:

@@ -3,6 +3,7 @@
 import csv
 import pathlib
 import re
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,10 @@ from moe_vlm_jax.evaluation import settings
 from moe_vlm_jax.evaluation.benchmarks import benchmark, choices, files
 from moe_vlm_jax.evaluation.benchmarks import spreadsheet as spreadsheet_lib
 from moe_vlm_jax.evaluation.rules import choices as choices_rules
-from moe_vlm_jax.evaluation.rules import prompts
+from moe_vlm_jax.evaluation.rules import option_matching, prompts
+from moe_vlm_jax.evaluation.rules import rule as rule_lib
 
 ROTATION = 1_000_000  # index of a rotated copy = index of the question + k * ROTATION
-LETTERS = "ABCD"
 NAMES = {
     ("en", "dev"): ("mmbench_dev_20230712.tsv", "mmbench_dev_en_20231003.tsv", "MMBench_DEV_EN.tsv"),
     ("en", "test"): ("mmbench_test_20230712.tsv", "mmbench_test_en_20231003.tsv", "MMBench_TEST_EN.tsv"),
@@ -25,26 +26,28 @@ _NOT_SENT = ("hint", "category", "source", "image", "comment", "l2-category")
 _PREDICTION_AT = 6  # column of the prediction in the server's sheet
 
 
-def load_en(path: pathlib.Path, config: settings.BenchmarkConfig, bad: bad_samples.BadSamples):
+def load_en(path: pathlib.Path, config: settings.MmbenchConfig, bad: bad_samples.BadSamples):
     """Returns the questions of the English set: one TSV, images in base64."""
     del bad
     return _load(path, config, "en")
 
 
-def load_cn(path: pathlib.Path, config: settings.BenchmarkConfig, bad: bad_samples.BadSamples):
+def load_cn(path: pathlib.Path, config: settings.MmbenchConfig, bad: bad_samples.BadSamples):
     """Returns the questions of the Chinese set: one TSV, images in base64."""
     del bad
     return _load(path, config, "cn")
 
 
-def score(rows: Sequence[benchmark.Row], config: settings.BenchmarkConfig) -> benchmark.Scored:
+def score(rows: Sequence[benchmark.Row], config: settings.MmbenchConfig) -> benchmark.Scored:
     """Returns circular accuracy, overall and by category; a judge's letter counts where the rules find none."""
     metric = "circular accuracy"
     if unscored := benchmark.without_answers(rows, metric):
         return unscored
     rule = benchmark.rule_of(config)
     matched = [match(row, config) for row in rows]
-    letters = [found or row.get("verdict") for found, row in zip(matched, rows, strict=True)]
+    letters = [
+        found or row.get("verdict") or _last_resort(row, config) for found, row in zip(matched, rows, strict=True)
+    ]
     fields = [
         {"score": float(letter == row["answers"][0]), "matched": letter}
         for letter, row in zip(letters, rows, strict=True)
@@ -64,7 +67,7 @@ def score(rows: Sequence[benchmark.Row], config: settings.BenchmarkConfig) -> be
     found = choices_rules.circular_scores(replies, rule=rule)
     scores: dict[str, Any] = {metric: 100 * found.overall}
     first = [reply for reply in replies if reply.index < ROTATION]
-    if first:
+    if rule == "vlmevalkit":
         scores["accuracy of the first rotations"] = 100 * choices_rules.vanilla_scores(first, rule=rule).overall
     scores["rows in which no option was found"] = found.unmatched
     scores["by category"] = {name: 100 * value for name, value in found.per_category.items()}
@@ -75,18 +78,27 @@ def score(rows: Sequence[benchmark.Row], config: settings.BenchmarkConfig) -> be
         score=100 * found.overall,
         scores=scores,
         fields=fields,
-        note=rows[0]["file"],
+        note=f"{rows[0]['file']}, {config.prompt} prompt",
         comparable=rotated,
     )
 
 
-def match(row: benchmark.Row, config: settings.BenchmarkConfig) -> str | None:
+def match(row: benchmark.Row, config: settings.MmbenchConfig) -> str | None:
     """Returns the letter that the rules find in the answer (Z: a refusal), or None."""
     return choices_rules.match_option(row["prediction"], row["options"], rule=benchmark.rule_of(config))
 
 
+def _last_resort(row: benchmark.Row, config: settings.MmbenchConfig) -> str | None:
+    """Returns the letter of lmms-eval's greedy reader; VLMEvalKit has none."""
+    return (
+        option_matching.extract_static(row["prediction"], sorted(row["options"]))
+        if config.rule == "lmms_eval"
+        else None
+    )
+
+
 def write_submission(
-    folder: pathlib.Path, rows: Sequence[benchmark.Row], config: settings.BenchmarkConfig, path: pathlib.Path
+    folder: pathlib.Path, rows: Sequence[benchmark.Row], config: settings.MmbenchConfig, path: pathlib.Path
 ) -> str:
     """Writes submission.xlsx (what the server takes) and submission.tsv (the same for people).
 
@@ -107,23 +119,30 @@ def write_submission(
     return "submission.xlsx"
 
 
-def _load(path: pathlib.Path, config: settings.BenchmarkConfig, language) -> list[benchmark.Question]:
+def _load(path: pathlib.Path, config: settings.MmbenchConfig, language) -> list[benchmark.Question]:
     file = _file(path, config, language)
     table = list(files.read_table(file))
     # A rotated copy may name the row that has its image instead of repeating it.
-    cells = {row.get("index", ""): row.get("image", "") for _, row in table}
+    images = {row.get("index", ""): row.get("image", "") for _, row in table}
     decoded: dict[str, bytes] = {}
+    prompt_rule = typing.cast(rule_lib.Rule, config.prompt)
     found = []
     for where, row in table:
         name, asked = files.get(row, "index", str, where), files.get(row, "question", str, where)
         if not name.isdecimal():
             raise ValueError(f"{where}: index={name!r} must be a number; mend the row.")
         cell: str = files.get(row, "image", str, where)
-        cell = cells.get(cell) or cell
+        cell = images.get(cell) or cell
         if cell not in decoded:
             decoded[cell] = choices.decoded_image(cell, where)
-        options = prompts.present_options(row, letters=LETTERS)
+        letters = {letter: row[letter] or None for letter in "ABCDE" if letter in row}  # an empty cell is a missing one
+        options = prompts.present_options(letters, rule=benchmark.rule_of(config))
+        shown = prompts.present_options(letters, rule=prompt_rule)
         answer = row.get("answer", "")
+        if str(int(name) % ROTATION) not in images:
+            raise ValueError(
+                f"{where}: the file has no row {int(name) % ROTATION}, of which this is a rotation; add it."
+            )
         if answer and answer not in options:
             raise ValueError(f"{where}: answer={answer!r} is none of its options {''.join(options)}; mend the row.")
         number = int(name)
@@ -132,7 +151,7 @@ def _load(path: pathlib.Path, config: settings.BenchmarkConfig, language) -> lis
                 id=name,
                 images=(decoded[cell],),
                 prompt=prompts.mmbench(
-                    asked, hint=row.get("hint"), options=options, language=language, rule=benchmark.rule_of(config)
+                    asked, hint=row.get("hint") or None, options=shown, language=language, rule=prompt_rule
                 ),
                 asked=asked,
                 answers=(answer,) if answer else (),
@@ -148,7 +167,7 @@ def _load(path: pathlib.Path, config: settings.BenchmarkConfig, language) -> lis
     return found
 
 
-def _file(path: pathlib.Path, config: settings.BenchmarkConfig, language: str) -> pathlib.Path:
+def _file(path: pathlib.Path, config: settings.MmbenchConfig, language: str) -> pathlib.Path:
     if path.suffix == ".tsv" and path.is_file():
         return path
     return files.find(path, NAMES[language, config.split], what=f"MMBench {config.split} ({language})")
@@ -158,7 +177,7 @@ def _inserted(cells: list[str], value: str) -> list[str]:
     return [*cells[:_PREDICTION_AT], value, *cells[_PREDICTION_AT:]]
 
 
-def _extraction_prompt(row: benchmark.Row, config: settings.BenchmarkConfig) -> str:
+def _extraction_prompt(row: benchmark.Row, config: settings.MmbenchConfig) -> str:
     del config
     options = "\n".join(f"{letter}. {text}" for letter, text in row["options"].items())
     return (
@@ -168,7 +187,7 @@ def _extraction_prompt(row: benchmark.Row, config: settings.BenchmarkConfig) -> 
     )
 
 
-def _letter(reply: str, config: settings.BenchmarkConfig) -> str | None:
+def _letter(reply: str, config: settings.MmbenchConfig) -> str | None:
     del config
     found = re.fullmatch(r"\W*([A-DZ])\W*", reply.strip())
     return found[1] if found else None

@@ -35,7 +35,10 @@ def load_gqa(
                 asked=asked,
                 answers=(row["answer"],) if isinstance(row.get("answer"), str) else (),
                 group={key: kinds[key] for key in ("structural", "semantic") if isinstance(kinds.get(key), str)},
-                fields={"balanced": bool(row.get("isBalanced", True))},
+                fields={
+                    "balanced": bool(row.get("isBalanced", True)),
+                    "distribution_group": (row.get("groups") or {}).get("global"),
+                },
             )
         )
     return found
@@ -59,12 +62,16 @@ def score_gqa(rows: Sequence[benchmark.Row], config: settings.BenchmarkConfig) -
             answer=row["answers"][0],
             balanced=row["balanced"],
             structural=row["group"].get("structural", ""),
+            group=row["distribution_group"],
         )
         for row in rows
     ]
     found = gqa.gqa_scores(replies, rule=rule)
     scores: dict[str, Any] = {"accuracy": 100 * found.accuracy}
     scores |= {k: 100 * v for k, v in (("binary", found.binary), ("open", found.open)) if v is not None}
+    scores |= (
+        {} if found.distribution is None else {"distribution (chi-square / 100, lower is better)": found.distribution}
+    )
     if any("structural" in row["group"] for row in rows):
         scores["by structural type"] = benchmark.by_group(rows, fields, "structural")
     return benchmark.Scored(metric="accuracy", score=100 * found.accuracy, scores=scores, fields=fields)
