@@ -14,7 +14,7 @@ import hashlib
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
@@ -28,8 +28,7 @@ from moe_vlm_jax.models import size
 from moe_vlm_jax.training import checkpoint as checkpoint_lib
 
 TARGET = "evaluation"  # folder of the results inside that of the model, by default
-
-_CONFIG = command_line.define_config("configs/evaluate.py")
+UNJUDGED = 3  # exit status
 
 
 def evaluate(config: settings.EvaluateConfig) -> dict[str, dict]:
@@ -70,11 +69,9 @@ def target_of(config: settings.EvaluateConfig) -> pathlib.Path:
     return pathlib.Path(config.target or pathlib.Path(config.workdir or config.checkpoint) / TARGET)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Entry point; the exit status is 3 when answers stayed unjudged."""
-    del argv
+def run(config: settings.EvaluateConfig) -> None:
+    """Evaluates and prints; ends the process with UNJUDGED when answers stayed unjudged."""
     command_line.use_compilation_cache()
-    config = _CONFIG.value
     with command_line.user_errors():
         found = evaluate(config)
     print(results.console_table(found))
@@ -84,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
             f"error: {', '.join(unjudged)}: answers are unjudged (judge.jsonl has the calls); the same command asks "
             "the judge again for these.\n"
         )
-        sys.exit(3)
+        sys.exit(UNJUDGED)
 
 
 def _source(config: settings.EvaluateConfig) -> ready.Source:
@@ -212,5 +209,11 @@ def _score(
     )
 
 
+def main() -> None:
+    """Entry point. The flag is defined here: other command lines in one process have flags of that name."""
+    flag = command_line.define_config("configs/evaluate.py")
+    command_line.run(lambda argv: run(flag.value), kind=settings.EvaluateConfig, validate=settings.validate)
+
+
 if __name__ == "__main__":
-    command_line.run(main, kind=settings.EvaluateConfig, validate=settings.validate)
+    main()

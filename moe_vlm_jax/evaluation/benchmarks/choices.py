@@ -25,6 +25,7 @@ def load_scienceqa(
     """
     del bad
     what = f"ScienceQA {config.split}"
+    stored = _stored(path, config.split) if config.rule == "llava" else {}
     file = files.find(path, ["problems.json", "data/scienceqa/problems.json"], what=what)
     problems = files.read_json(file, dict)
     splits = files.find(file.parent, ["pid_splits.json"], what=what)
@@ -32,7 +33,6 @@ def load_scienceqa(
     images = next(
         (p for p in (path / "images" / config.split, path / config.split, path / "images") if p.is_dir()), None
     )
-    stored = _stored(path, config.split) if config.rule == "llava" else {}
     found = []
     for number in map(str, numbers):
         where = f"{file}: {number!r}"

@@ -131,6 +131,9 @@ def _load(path: pathlib.Path, config: settings.MmbenchConfig, language) -> list[
         name, asked = files.get(row, "index", str, where), files.get(row, "question", str, where)
         if not name.isdecimal():
             raise ValueError(f"{where}: index={name!r} must be a number; mend the row.")
+        number = int(name)
+        if str(number % ROTATION) not in images:
+            raise ValueError(f"{where}: the file has no row {number % ROTATION}, of which this is a rotation; add it.")
         cell: str = files.get(row, "image", str, where)
         cell = images.get(cell) or cell
         if cell not in decoded:
@@ -139,13 +142,8 @@ def _load(path: pathlib.Path, config: settings.MmbenchConfig, language) -> list[
         options = prompts.present_options(letters, rule=benchmark.rule_of(config))
         shown = prompts.present_options(letters, rule=prompt_rule)
         answer = row.get("answer", "")
-        if str(int(name) % ROTATION) not in images:
-            raise ValueError(
-                f"{where}: the file has no row {int(name) % ROTATION}, of which this is a rotation; add it."
-            )
         if answer and answer not in options:
             raise ValueError(f"{where}: answer={answer!r} is none of its options {''.join(options)}; mend the row.")
-        number = int(name)
         found.append(
             benchmark.Question(
                 id=name,
