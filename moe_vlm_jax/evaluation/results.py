@@ -55,7 +55,10 @@ RESULTS, MANIFEST = "results.json", "manifest.json"
 _RULES = {"llava": "LLaVA", "vlmevalkit": "VLMEvalKit", "lmms_eval": "lmms-eval", "official": "official tool's"}
 # What may change between two calls with one target: which sets, where files lie, how fast, and the judge, which
 # judging.py compares itself.
-_FREE = {"benchmarks", "workdir", "checkpoint", "target", "data_root", "batch_size", "chunk", "judge"}
+_FREE = {
+    *("benchmarks", "workdir", "checkpoint", "tokenizer", "vision", "target", "data_root", "batch_size", "chunk"),
+    "judge",
+}
 _FREE_OF_BENCHMARK = {"path", "judge_prompt"}
 
 
@@ -200,7 +203,7 @@ def entry(
     if len(rows) + left_out < of:
         parts.append(f"a draw of {len(rows)} of {of} questions")
     if left_out:
-        parts.append(f"{left_out} questions left out")
+        parts.append(f"left out: {left_out}")
     if unjudged and summary:
         parts.append(f"NOT SCORED: {summary['unjudged']} of {len(rows)} answers are unjudged")
     official = known.judge is None or _is_official(known.judge, mine, config, summary)

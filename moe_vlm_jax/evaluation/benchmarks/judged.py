@@ -15,6 +15,7 @@ from moe_vlm_jax.evaluation import report, scorers, settings
 from moe_vlm_jax.evaluation.benchmarks import benchmark, files
 from moe_vlm_jax.evaluation.rules import judged, prompts
 
+CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 _AND, _OR = "<AND>", "<OR>"
 # In MM-Vet's place for its own instruction, when no file gives that.
 _GRADER = """Grade how right a prediction is, from 0.0 (wrong) to 1.0 (right), in steps of 0.1. Where the ground truth
@@ -40,6 +41,11 @@ def load_mmvet(
     for name, row in files.read_json(file, dict).items():
         where = f"{file}: {name!r}"
         asked = files.get(row, "question", str, where)
+        capability = files.texts(row, "capability", where)
+        if not capability or not set(capability) <= set(CAPABILITIES):
+            raise ValueError(
+                f"{where}: capability={list(capability)} must be some of {', '.join(CAPABILITIES)}; mend it."
+            )
         found.append(
             benchmark.Question(
                 id=name,
@@ -47,7 +53,7 @@ def load_mmvet(
                 prompt=prompts.open_ended(asked, benchmark="mmvet", rule=benchmark.rule_of(config)),
                 asked=asked,
                 answers=(files.get(row, "answer", str, where),),
-                group={"capability": list(files.texts(row, "capability", where))},
+                group={"capability": list(capability)},
             )
         )
     return found

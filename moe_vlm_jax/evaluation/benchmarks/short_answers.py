@@ -107,7 +107,7 @@ def load_chartqa(
                     images=(str(images / files.get(row, "imgname", str, where)),),
                     prompt=prompts.short_answer(asked, benchmark="chartqa", rule=benchmark.rule_of(config)),
                     asked=asked,
-                    answers=(files.get(row, "label", str, where),),
+                    answers=(str(files.get(row, "label", (str, int, float), where)),),
                     group={"type": kind},
                 )
             )

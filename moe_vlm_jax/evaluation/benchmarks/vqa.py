@@ -48,7 +48,7 @@ def load_vqav2(
                 images=(str(images / name),),
                 prompt=prompts.short_answer(asked, benchmark="vqav2", rule=benchmark.rule_of(config)),
                 asked=asked,
-                answers=_ten(marks, where),
+                answers=_checked(_texts(marks, where), config, where),
                 group={key: marks[key] for key in ("answer_type", "question_type") if key in marks},
             )
         )
@@ -73,7 +73,7 @@ def load_vizwiz(
                 images=(str(images / name),),
                 prompt=prompts.vizwiz(asked, rule=benchmark.rule_of(config)),
                 asked=asked,
-                answers=_ten(row, where),
+                answers=_checked(_texts(row, where), config, where),
                 group={"answer_type": row["answer_type"]} if "answer_type" in row else {},
             )
         )
@@ -108,7 +108,7 @@ def load_textvqa(
                 images=(str(images / f"{image}.jpg"),),
                 prompt=prompt,
                 asked=asked,
-                answers=files.texts(row, "answers", where),
+                answers=_checked(files.texts(row, "answers", where), config, where),
             )
         )
     return found
@@ -203,7 +203,16 @@ def _under(name: str) -> list[str]:
     return [name, f"Annotations/{name}", f"annotations/{name}", f"questions/{name}"]
 
 
-def _ten(row: dict, where: str) -> tuple[str, ...]:
+def _checked(found: tuple[str, ...], config: settings.BenchmarkConfig, where: str) -> tuple[str, ...]:
+    """Returns the answers, which LLaVA's formula takes ten of; none where they are not public."""
+    if config.rule == "llava" and len(found) not in (0, answers.NUM_ANSWERS):
+        raise ValueError(
+            f"{where}: {len(found)} answers, but rule 'llava' takes {answers.NUM_ANSWERS}; mend the row or use another rule."
+        )
+    return found
+
+
+def _texts(row: dict, where: str) -> tuple[str, ...]:
     marks = row.get("answers", [])
     return tuple(files.get(mark, "answer", str, f"{where}: answers[{i}]") for i, mark in enumerate(marks))
 

@@ -18,6 +18,13 @@ def test_mmvet_is_read_and_asked_without_anything_around_the_question(tmp_path):
     assert second.images == (str(tmp_path / "images" / "v1_0.png"),)
 
 
+def test_a_capability_that_mmvet_does_not_have_is_named(tmp_path):
+    path = official.mmvet(tmp_path)
+    (path / "mm-vet.json").write_text((path / "mm-vet.json").read_text().replace('"math"', '"maths"'))
+    with pytest.raises(ValueError, match=r"'v1_0': capability=\['ocr', 'maths'\] must be some of rec, ocr"):
+        loading.load("mmvet", path)
+
+
 def test_mmvets_total_and_capabilities_come_from_verdicts_and_one_missing_leaves_none(tmp_path):
     config = loading.config("mmvet")
     made = loading.rows(loading.load("mmvet", official.mmvet(tmp_path)), ["-1", "two"], tmp_path)

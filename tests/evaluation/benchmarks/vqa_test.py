@@ -84,6 +84,16 @@ def test_missing_ocr_says_how_to_go_without(tmp_path):
         loading.load("textvqa", path)
 
 
+def test_llavas_formula_wants_ten_answers_and_says_so_before_anything_is_asked(tmp_path):
+    path = official.textvqa(tmp_path)
+    content = json.loads((path / "TextVQA_0.5.1_val.json").read_text())
+    content["data"][0]["answers"].pop()
+    official.write(path / "TextVQA_0.5.1_val.json", content)
+    with pytest.raises(ValueError, match=r"data\[0\]: 9 answers, but rule 'llava' takes 10"):
+        loading.load("textvqa", path)
+    assert len(loading.load("textvqa", path, rule="vlmevalkit")[0].answers) == 9
+
+
 def test_a_question_without_annotation_is_an_error(tmp_path):
     path = official.vqav2(tmp_path)
     file = path / "v2_mscoco_val2014_annotations.json"
