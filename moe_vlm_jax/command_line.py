@@ -91,8 +91,6 @@ def _parse(argv: Sequence[str], *, chains: bool, kind: type, validate: Callable[
                 f"--config gives a chain of {', '.join(chain.runs(config))}, and this command takes one run; give the "
                 "config of that run, e.g. configs/stage3.py."
             )
-        if not isinstance(config, (kind, config_lib.Chain)):
-            raise ValueError(f"get_config() of --config must return a {kind.__name__}, not {type(config).__name__}.")
         validate(config)
     except (flags.Error, ValueError) as error:
         sys.stderr.write(f"error: {_explain(error, argv, default)}\n")
@@ -148,7 +146,9 @@ def _made(name: str, kind: type) -> Any:
         config = runpy.run_path(path)["get_config"](*filter(None, [argument]))
     except Exception:  # a config file is the user's code and may raise anything; the parser runs it again and says what
         return kind()
-    return config if isinstance(config, (kind, config_lib.Chain)) else kind()
+    if not isinstance(config, (kind, config_lib.Chain)):
+        raise ValueError(f"get_config() of --config must return {kind.__name__}, not {type(config).__name__}.")
+    return config
 
 
 def _explain(error: Exception, argv: Sequence[str], config: Any) -> str:

@@ -408,9 +408,17 @@ def test_the_command_gives_the_same_answers_however_the_model_lies_on_eight_devi
     assert np.mean([json.loads(line)["score"] for line in lines]) > 0.2  # the base reads charts
 
 
-def test_a_mistake_on_the_command_line_is_one_message(command):
-    done = command("--config.benchmarks=popp")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.benchmarks=popp"], "benchmarks: 'popp' is unknown; .*did you mean 'pope'"),
+        (["--config.pope.rul=llava"], r"config field 'pope\.rul' does not exist; did you mean pope\.rule"),
+        (["--config=configs/sft.py"], "must return EvaluateConfig, not RunConfig"),
+        (["--config.benchmarks=mmvet"], "mmvet is graded by a judge, and judge='' names none"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_message(command, arguments, message):
+    done = command(*arguments)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: benchmarks: 'popp' is unknown")
-    assert "did you mean 'pope'" in done.stderr
+    assert re.match(rf"error: .*{message}", done.stderr), done.stderr
     assert "Traceback" not in done.stderr

@@ -207,7 +207,8 @@ def _checked(found: tuple[str, ...], config: settings.BenchmarkConfig, where: st
     """Returns the answers, which LLaVA's formula takes ten of; none where they are not public."""
     if config.rule == "llava" and len(found) not in (0, answers.NUM_ANSWERS):
         raise ValueError(
-            f"{where}: {len(found)} answers, but rule 'llava' takes {answers.NUM_ANSWERS}; mend the row or use another rule."
+            f"{where}: {len(found)} answers, but rule 'llava' takes {answers.NUM_ANSWERS}; mend the row, or use "
+            "another rule."
         )
     return found
 
