@@ -103,7 +103,8 @@ def from_checkpoint(
         if mesh is None:
             graphdef, abstract = nnx.split(nnx.eval_shape(lambda: vlm.VLM(config, rngs=nnx.Rngs(0))))
         else:
-            model = setup.make_model(config_lib.RunConfig(model=config, mesh=mesh))
+            training = config_lib.TrainingConfig(trainable=(), frozen=(".*",))
+            model = setup.make_model(config_lib.RunConfig(model=config, mesh=mesh, training=training))
             graphdef, abstract = model.graphdef, nnx.merge_state(model.trainable, model.frozen)
         return graphdef, hf_load.load_into(abstract, folder, config, vision=vision).state
 

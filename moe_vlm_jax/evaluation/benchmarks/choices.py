@@ -30,9 +30,8 @@ def load_scienceqa(
     problems = files.read_json(file, dict)
     splits = files.find(file.parent, ["pid_splits.json"], what=what)
     numbers = files.get(files.read_json(splits, dict), config.split, list, str(splits))
-    images = next(
-        (p for p in (path / "images" / config.split, path / config.split, path / "images") if p.is_dir()), None
-    )
+    part = config.split.removeprefix("mini")  # of minival and minitest, which are parts of val and test
+    images = next((p for p in (path / "images" / part, path / part, path / "images") if p.is_dir()), None)
     found = []
     for number in map(str, numbers):
         where = f"{file}: {number!r}"
@@ -40,7 +39,7 @@ def load_scienceqa(
         if not row.get("image") and not config.text_questions:
             continue
         if row.get("image") and images is None:
-            images = files.find_folder(path, (f"images/{config.split}", config.split), what=what)
+            images = files.find_folder(path, (f"images/{part}", part), what=what)
         options = files.texts(row, "choices", where)
         answer = files.get(row, "answer", int, where)
         if not 0 <= answer < len(options):

@@ -21,6 +21,13 @@ def test_scienceqa_asks_image_questions_with_llavas_stored_prompts(tmp_path):
     assert lmms[1].prompt == "Context: Think.\nWhich word?\nA. a\nB. b\nC. c" + LETTER
 
 
+def test_a_mini_split_has_the_images_of_the_split_that_it_is_a_part_of(tmp_path):
+    path = official.scienceqa(tmp_path)
+    official.write(path / "pid_splits.json", {"minitest": ["4"]})
+    (question,) = loading.load("scienceqa", path, split="minitest", rule="lmms_eval")
+    assert question.images == (str(path / "images" / "test" / "4" / "image.png"),)
+
+
 def test_scienceqas_main_score_counts_image_questions_only(tmp_path):
     path = official.scienceqa(tmp_path)
     found = loading.score("scienceqa", path, ["B", "C"], tmp_path, text_questions=True)
