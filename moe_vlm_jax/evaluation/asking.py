@@ -19,7 +19,7 @@ from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.data import bad_samples, image_files, json_lines, tokenize
 from moe_vlm_jax.data import images as images_lib
 from moe_vlm_jax.data import records as records_lib
-from moe_vlm_jax.decoding import generate as generate_lib
+from moe_vlm_jax.decoding import prompts as prompts_lib
 from moe_vlm_jax.evaluation import runner
 from moe_vlm_jax.evaluation.benchmarks import benchmark
 
@@ -238,7 +238,7 @@ def _encode(question, name, model, data, tokenizer, max_new_tokens) -> np.ndarra
             f"the tokenizer does not know {', '.join(map(repr, words)) or 'words of the template'}; {name} needs a "
             "model whose tokenizer does.",
         )
-    length = generate_lib.expanded_length(prompt, model.vision.num_tokens)
+    length = prompts_lib.expanded_length(prompt, model.vision.num_tokens)
     if length + max_new_tokens > model.decoder.max_positions:
         raise bad_samples.SampleError(
             question.id,
