@@ -345,8 +345,11 @@ def _put(ring: vlm.KVCache, own: vlm.KVCache, row: jax.Array, slot: jax.Array) -
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[row].set(new[0])
 
+    def put_layer(old: jax.Array, new: jax.Array) -> jax.Array:  # [(R,) B, K, S, H]
+        return old.at[..., row, :, :, :].set(turned(new, new.ndim - 2)[..., 0, :, :, :])
+
     return ring._replace(
-        layers=jax.tree.map(lambda old, new: old.at[:, row].set(turned(new, 3)[:, 0]), ring.layers, whole.layers),
+        layers=jax.tree.map(put_layer, ring.layers, whole.layers),
         tree=put(ring.tree, turned(whole.tree, 1)),
         branch=put(ring.branch, turned(whole.branch, 1)),
         valid=put(ring.valid, turned(whole.valid, 1)),

@@ -148,7 +148,7 @@ def _generate(
 def fork(cache: vlm.KVCache, of_row: jax.Array) -> vlm.KVCache:
     """Returns a cache of B rows, row b being row of_row[b] of this one."""
     by_row = {name: getattr(cache, name)[of_row] for name in cache._fields if name not in ("layers", "slot")}
-    return cache._replace(layers=jax.tree.map(lambda a: a[:, of_row], cache.layers), **by_row)
+    return cache._replace(layers=jax.tree.map(lambda a: a[..., of_row, :, :, :], cache.layers), **by_row)
 
 
 def last_hidden(hidden: jax.Array, valid: jax.Array) -> jax.Array:

@@ -317,7 +317,7 @@ def grown(cache: KVCache, length: int) -> KVCache:
         return jnp.pad(a, pads)
 
     return cache._replace(
-        layers=jax.tree.map(lambda a: grow(a, 3), cache.layers),  # [R, B, K, S, H]
+        layers=jax.tree.map(lambda a: grow(a, a.ndim - 2), cache.layers),  # [(R,) B, K, S, H]
         tree=grow(cache.tree, 1),
         branch=grow(cache.branch, 1),
         valid=grow(cache.valid, 1),

@@ -104,7 +104,7 @@ def one_by_one(x: jax.Array, routed: router_lib.RouterOutput, experts: Experts) 
     Args:
       x: float[M, D] tokens, few.
       routed: choices.
-      experts: the layer's experts, in a stack or `layouts.Apart`.
+      experts: the layer's experts, in a stack or apart (`nn.stored`).
     """
     total = jnp.zeros_like(x)
     for e in range(routed.probs.shape[-1]):

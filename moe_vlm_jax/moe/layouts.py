@@ -11,38 +11,19 @@ An expert layer is written once (moe/experts.py) and runs under any layout; a la
     Ragged        rows float[R, D]: sorted by expert, group_sizes[e] rows each
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Apart:
-    """The parameters of E experts as arrays of their own, in the place of one with an axis E.
-
-    Reading one of them then copies nothing: XLA makes a copy of a slice before it multiplies with it, which for the
-    few rows of a decoding step costs more than the product.
-
-    Attributes:
-      experts: E arrays (or quantised tensors), one an expert.
-    """
-
-    experts: tuple[Any, ...]
-
-
-def _together(stack: Any) -> Any:
-    """Returns parameters with an axis E, put together if they lie apart."""
-    return jax.tree.map(lambda *a: jnp.stack(a), *stack.experts) if isinstance(stack, Apart) else stack
+from moe_vlm_jax.nn import stored
 
 
 class EveryExpert(NamedTuple):
     """Every expert computes every token."""
 
     def select(self, stack: Any) -> Any:
-        return _together(stack)
+        return stored.together(stack)
 
     def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
         letters = "MD,EDF->EMF" if rows.ndim == 2 else "EMD,EDF->EMF"
@@ -53,14 +34,12 @@ class EveryExpert(NamedTuple):
 
 
 class OneExpert(NamedTuple):
-    """One expert computes all rows; nothing of the others is read if they lie `Apart`."""
+    """One expert computes all rows; nothing of the others is read if they lie apart (`nn.stored`)."""
 
     expert: int
 
     def select(self, stack: Any) -> Any:
-        if isinstance(stack, Apart):
-            return stack.experts[self.expert]
-        return jax.tree.map(lambda a: a[self.expert], stack)
+        return stored.one(stack, self.expert)
 
     def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.dot(rows, kernel)
@@ -73,7 +52,7 @@ class Slots(NamedTuple):
     """Each expert computes its C slots, filled or not."""
 
     def select(self, stack: Any) -> Any:
-        return _together(stack)
+        return stored.together(stack)
 
     def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.einsum("ECD,EDF->ECF", rows, kernel)
@@ -94,7 +73,7 @@ class Blocks(NamedTuple):
     used: jax.Array | None = None
 
     def select(self, stack: Any) -> Any:
-        return _together(stack)
+        return stored.together(stack)
 
     def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
         return block_matmul(rows, kernel, self.expert_of_block, self.used)
@@ -112,7 +91,7 @@ class Ragged(NamedTuple):
     group_sizes: jax.Array
 
     def select(self, stack: Any) -> Any:
-        return _together(stack)
+        return stored.together(stack)
 
     def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.ragged_dot(rows, kernel, self.group_sizes)

@@ -24,7 +24,7 @@ LENGTHS = (1, 9, 4, 14, 2, 6)  # most new tokens of the requests
 def model():
     graphdef, params = generate_test.model(CONFIG)
     graphdef = generate_lib.dropless_graphdef(graphdef, params)
-    return layout.apart(graphdef, params, donate=False)
+    return layout.apart(graphdef, params, num_rows=2, donate=False)
 
 
 def make_engine(num_rows: int = 2, cache_length: int = 40, **kwargs) -> engine_lib.Engine:

@@ -12,7 +12,7 @@ from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.decoding import generate as generate_lib
 from moe_vlm_jax.decoding import layout
 from moe_vlm_jax.models import adapters, vlm
-from moe_vlm_jax.moe import layouts
+from moe_vlm_jax.nn import stored
 from moe_vlm_jax.quant import state as quant
 from moe_vlm_jax.quant import tensor as tensor_lib
 from tests.decoding import generate_test
@@ -44,8 +44,8 @@ def make(config: config_lib.ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("donate", [False, True])
-def test_layers_and_experts_apart_give_the_same_logits_and_tokens(name, donate):
+@pytest.mark.parametrize(("donate", "num_rows"), [(False, 5), (True, 1)])
+def test_layers_and_experts_apart_give_the_same_logits_and_tokens(name, donate, num_rows):
     config = CONFIGS[name]
     graphdef, params = make(config)
     batch = generate_test.batch_of(generate_test.prompts())
@@ -71,9 +71,10 @@ def test_layers_and_experts_apart_give_the_same_logits_and_tokens(name, donate):
     want = logits(graphdef, params), tokens(graphdef, params)
     if donate:
         params = jax.tree.map(jnp.copy, params)
-    apart = layout.apart(graphdef, params, donate=donate)
-    kernels = leaves_of_kind(apart[1], layouts.Apart)
+    apart = layout.apart(graphdef, params, num_rows=num_rows, donate=donate)
+    kernels = leaves_of_kind(apart[1], stored.Apart)
     assert len(kernels) == 2 * sum(1 for experts in config.layer_experts if experts)
+    assert bool(leaves_of_kind(apart[1], stored.Transposed)) == (num_rows == 1)
     np.testing.assert_allclose(logits(*apart), want[0], atol=1e-5)
     np.testing.assert_array_equal(tokens(*apart), want[1])
     assert any(leaf.is_deleted() for leaf in jax.tree.leaves(params)) == donate
@@ -85,7 +86,7 @@ def leaves_of_kind(tree, kind) -> list:
 
 
 def test_quantised_kernels_stay_quantised():
-    _, params = layout.apart(*make(QUANTISED), donate=False)
-    experts = leaves_of_kind(params, layouts.Apart)
+    _, params = layout.apart(*make(QUANTISED), num_rows=1, donate=False)
+    experts = leaves_of_kind(params, stored.Apart)
     assert experts and all(isinstance(e, tensor_lib.QuantizedTensor) for kernel in experts for e in kernel.experts)
     assert {e.leading for kernel in experts for e in kernel.experts} == {(1,)}
