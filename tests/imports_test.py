@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"models", "losses", "data", "hf", "cost", "quant", "assets"},
     "ready": {"training", "models", "hf", "data"},
     "planning": {"training", "models", "quant", "cost", "collectives", "traffic"},
-    "decoding": {"models", "moe", "nn"},
+    "decoding": {"models", "nn", "quant"},
     "evaluation": {"decoding", "data"},
     "preferences": {"evaluation", "decoding", "data", "ready"},
     "chain": {"config", "validation"},

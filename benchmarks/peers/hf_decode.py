@@ -8,6 +8,7 @@ PyTorch projects have (torch_model.DISPATCHES).
 
 import pathlib
 import sys
+from typing import Any
 
 import torch
 import transformers
@@ -30,23 +31,22 @@ class FeedForward(nn.Module):
         return self.experts(x)[0]
 
 
-def make_model(weights: dict, config: config_lib.ModelConfig, dispatch: str) -> transformers.PhiForCausalLM:
+def make_model(weights: dict, config: config_lib.ModelConfig, dispatch: str) -> Any:
     """Returns transformers' model with the weights of ours, {parameter path: array}."""
     dec = config.decoder
-    model = transformers.PhiForCausalLM(
-        transformers.PhiConfig(
-            vocab_size=dec.vocab_size,
-            hidden_size=dec.embed_dim,
-            intermediate_size=dec.mlp_dim,
-            num_hidden_layers=dec.num_layers,
-            num_attention_heads=dec.num_heads,
-            partial_rotary_factor=dec.rotary_dim / dec.head_dim,
-            rope_theta=dec.rope_theta,
-            layer_norm_eps=dec.norm_eps,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    settings = {
+        "vocab_size": dec.vocab_size,
+        "hidden_size": dec.embed_dim,
+        "intermediate_size": dec.mlp_dim,
+        "num_hidden_layers": dec.num_layers,
+        "num_attention_heads": dec.num_heads,
+        "partial_rotary_factor": dec.rotary_dim / dec.head_dim,
+        "rope_theta": dec.rope_theta,
+        "layer_norm_eps": dec.norm_eps,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    model: Any = transformers.PhiForCausalLM(transformers.PhiConfig(**settings))
     model.model.embed_tokens = nn.Embedding.from_pretrained(torch.from_numpy(weights["decoder/embed/embedding"]))
     model.model.final_layernorm = torch_model.norm(weights, "decoder/final_norm", dec.norm_eps)
     model.lm_head = torch_model.linear(weights, "decoder/lm_head")
