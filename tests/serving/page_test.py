@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import json
-import os
 
 import pytest
 
@@ -99,9 +98,6 @@ def test_a_conversation_of_several_turns_and_images(browser, page):
     assert text.endswith(f"What <i>is</i> this? ASSISTANT: {NASTY}<|endoftext|>USER: And now? ASSISTANT:")
     assert browser.evaluate("document.title") == "Chat with tiny"
     assert browser.evaluate("document.querySelectorAll('.turn i, .turn b, .turn script').length") == 0
-    if folder := os.environ.get("SCREENSHOTS"):
-        shot = browser.call("Page.captureScreenshot")["data"]
-        open(os.path.join(folder, "chat.png"), "wb").write(base64.b64decode(shot))
     browser.evaluate("document.querySelector('#new').click()")
     send(browser, "Alone?")
     browser.wait("turns.length === 2 && !running")
