@@ -61,6 +61,7 @@ def _serve(args: argparse.Namespace) -> int:
     if not guard.is_loopback():
         print(f"warning: --host {args.host} lets everybody who reaches this machine use the model", file=sys.stderr)
     engine = engines.start(source, num_rows=args.num_rows, cache_length=length, steps_per_call=_STEPS)
+    engines.warm_up(engine, defaults)
     name = args.model_name or pathlib.Path(os.path.abspath(args.workdir or args.checkpoint)).name
     served = service.Service(
         model=name,

@@ -1,12 +1,16 @@
 """A decoding engine for a model that is ready to be asked, and answers from it without a thread."""
 
+import dataclasses
 from collections.abc import Generator
 from typing import Any
 
+import numpy as np
+
+from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import ready
 from moe_vlm_jax.data import tokenize
 from moe_vlm_jax.decoding import engine as engine_lib
-from moe_vlm_jax.decoding import generate, layout
+from moe_vlm_jax.decoding import generate, layout, prompts
 from moe_vlm_jax.decoding import text as text_lib
 from moe_vlm_jax.serving import worker
 
@@ -40,6 +44,20 @@ def start(source: ready.Source, *, num_rows: int, cache_length: int, steps_per_c
 def cache_length_for(slots: int) -> int:
     """Returns the cache length for prompts and answers of at most so many slots."""
     return -(-slots // _LENGTH_UNIT) * _LENGTH_UNIT
+
+
+def warm_up(engine: Any, generation: config_lib.GenerationConfig) -> None:
+    """Compiles what every answer needs; the first prompts of each length still compile their own part.
+
+    Args:
+      engine: idle.
+      generation: how answers will be decoded.
+    """
+    prompt = prompts.Prompt(np.zeros(1, np.int32))
+    short = dataclasses.replace(generation, max_new_tokens=2)
+    engine.submit(engine_lib.Request(prompt=prompt, generation=short))
+    while engine.num_running or engine.num_waiting:
+        engine.run()
 
 
 def answer(engine: Any, tokenizer: Any, request: engine_lib.Request) -> Generator[worker.Delta]:

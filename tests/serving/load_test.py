@@ -7,39 +7,19 @@ import io
 import json
 
 import aiohttp
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import generate, ready
-from moe_vlm_jax.data import images as images_lib
-from moe_vlm_jax.data import tokenize
 from moe_vlm_jax.decoding import generate as generate_lib
 from moe_vlm_jax.evaluation import runner
 from moe_vlm_jax.serving import engines, prompts, requests
-from moe_vlm_jax.training import setup
-from tests import generate_test
-from tests.serving import examples
+from tests.serving import examples, tiny_model
 
 NUM_REQUESTS = 200
 WORDS = ("how", "many", "items", "are", "shown", "which", "item", "is", "largest", "smallest", "what", "the", "?")
-
-
-@pytest.fixture(scope="module")
-def source() -> ready.Source:
-    """A model of random weights that says different things to different questions."""
-    config = dataclasses.replace(generate_test.run_config(), mesh=config_lib.MeshConfig())
-    model = setup.make_model(config)
-    params = jax.tree.map(lambda x: x * 1.5, nnx.merge_state(*setup.initial_params(model, config)))
-    return ready.Source(
-        config=config,
-        tokenizer=tokenize.load_tokenizer("closed"),
-        transform=images_lib.transform_for(config.model.vision, config.data),
-        load=lambda: (model.graphdef, jax.tree.map(jax.numpy.copy, params)),
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +93,8 @@ async def ask_all(port: int, asked: list[Asked]) -> list[tuple[int, str, str]]:
 
 
 @pytest.mark.slow
-def test_200_requests_at_once_get_the_answers_that_they_get_offline(source, tmp_path, monkeypatch, capsys):
+def test_200_requests_at_once_get_the_answers_that_they_get_offline(tmp_path, monkeypatch, capsys):
+    source = tiny_model.source()
     asked = questions(source)
     expected = [(200, text, "stop" if stopped else "length") for text, stopped in offline(source, asked)]
     assert len({text for _, text, _ in expected}) > 50  # the model says something, and not always the same
