@@ -171,6 +171,8 @@ def test_a_conversation_is_what_training_writes_for_the_same_turns(serve, templa
     assert prompt.tokens.tolist() == trained.tokens[:-answer].tolist()
     assert (trained.labels[-answer:] != IGNORE_INDEX).all() and trained.labels[-answer - 1] == IGNORE_INDEX
     assert [pixels.shape for pixels in prompt.images] == [(16, 16, 3)] * 3
+    red = [float(pixels[8, 8, 0]) for pixels in prompt.images]
+    assert red[1] < red[2] < red[0]  # 200 and 20 of the first turn, then 30
 
 
 def image(color: int = 200) -> dict:
