@@ -1,22 +1,48 @@
 """How rows of tokens are arranged over experts, and the matmul that fits each arrangement.
 
 An expert layer is written once (moe/experts.py) and runs under any layout; a layout offers
-`matmul(rows, kernel [E, in, out])` and `add_bias(rows, bias [E, out])`.
+`select(stack [E, ...])`, the part of the experts' parameters that it reads, and `matmul(rows, kernel)` and
+`add_bias(rows, bias)` with what was selected.
 
     EveryExpert   rows float[M, D] in, float[E, M, F] after: each expert sees every token (the oracle)
+    OneExpert     rows float[M, D]: a single expert computes all of them
     Slots         rows float[E, C, D]: each expert has C slots
     Blocks        rows float[n * b, D]: blocks of b rows, one expert a block, sorted by expert
     Ragged        rows float[R, D]: sorted by expert, group_sizes[e] rows each
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """The parameters of E experts as arrays of their own, in the place of one with an axis E.
+
+    Reading one of them then copies nothing: XLA makes a copy of a slice before it multiplies with it, which for the
+    few rows of a decoding step costs more than the product.
+
+    Attributes:
+      experts: E arrays (or quantised tensors), one an expert.
+    """
+
+    experts: tuple[Any, ...]
+
+
+def _together(stack: Any) -> Any:
+    """Returns parameters with an axis E, put together if they lie apart."""
+    return jax.tree.map(lambda *a: jnp.stack(a), *stack.experts) if isinstance(stack, Apart) else stack
+
+
 class EveryExpert(NamedTuple):
     """Every expert computes every token."""
+
+    def select(self, stack: Any) -> Any:
+        return _together(stack)
 
     def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
         letters = "MD,EDF->EMF" if rows.ndim == 2 else "EMD,EDF->EMF"
@@ -26,8 +52,28 @@ class EveryExpert(NamedTuple):
         return rows + bias[:, None, :]
 
 
+class OneExpert(NamedTuple):
+    """One expert computes all rows; nothing of the others is read if they lie `Apart`."""
+
+    expert: int
+
+    def select(self, stack: Any) -> Any:
+        if isinstance(stack, Apart):
+            return stack.experts[self.expert]
+        return jax.tree.map(lambda a: a[self.expert], stack)
+
+    def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.dot(rows, kernel)
+
+    def add_bias(self, rows: jax.Array, bias: jax.Array) -> jax.Array:
+        return rows + bias
+
+
 class Slots(NamedTuple):
     """Each expert computes its C slots, filled or not."""
+
+    def select(self, stack: Any) -> Any:
+        return _together(stack)
 
     def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.einsum("ECD,EDF->ECF", rows, kernel)
@@ -47,6 +93,9 @@ class Blocks(NamedTuple):
     expert_of_block: jax.Array
     used: jax.Array | None = None
 
+    def select(self, stack: Any) -> Any:
+        return _together(stack)
+
     def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
         return block_matmul(rows, kernel, self.expert_of_block, self.used)
 
@@ -61,6 +110,9 @@ class Ragged(NamedTuple):
     """Sorted rows with int32[E] group sizes, for backends with a native grouped matmul (TPU)."""
 
     group_sizes: jax.Array
+
+    def select(self, stack: Any) -> Any:
+        return _together(stack)
 
     def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.ragged_dot(rows, kernel, self.group_sizes)

@@ -61,17 +61,18 @@ class ExpertLinear(nnx.Module):
         self.lora: lora_lib.Scaling | None = None
 
     def __call__(self, rows: jax.Array, layout, *, key: jax.Array | None = None) -> jax.Array:
-        """float[*rows, in] -> float[*rows, out]; layout.matmul and layout.add_bias pick each row's expert.
+        """float[*rows, in] -> float[*rows, out]; the layout picks each row's expert.
 
         Args:
           rows: as the layout arranges them.
           layout: of moe/layouts.py.
           key: for the adapter's dropout; None turns it off.
         """
-        y = matmul.apply(_layout_matmul, rows, self.kernel.get_value(), layout)
+        y = matmul.apply(_layout_matmul, rows, layout.select(self.kernel.get_value()), layout)
         if self.lora is not None:
-            y = y + lora_lib.update(layout.matmul, rows, self.lora_a[...], self.lora_b[...], self.lora, key=key)
-        return y if self.bias is None else layout.add_bias(y, self.bias[...].astype(rows.dtype))
+            lora_a, lora_b = (layout.select(factor[...]) for factor in (self.lora_a, self.lora_b))
+            y = y + lora_lib.update(layout.matmul, rows, lora_a, lora_b, self.lora, key=key)
+        return y if self.bias is None else layout.add_bias(y, layout.select(self.bias[...]).astype(rows.dtype))
 
 
 def _widened(rows: jax.Array, kernel: jax.Array) -> jax.Array:

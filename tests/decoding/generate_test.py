@@ -11,6 +11,7 @@ from flax import nnx
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.decoding import generate as generate_lib
+from moe_vlm_jax.decoding import prompts as prompts_lib
 from moe_vlm_jax.models import vlm
 
 IMAGE = batch_lib.IMAGE_TOKEN_INDEX
@@ -49,13 +50,13 @@ def model(config: config_lib.ModelConfig = CONFIG) -> tuple[nnx.GraphDef, nnx.St
 
 
 @functools.cache
-def prompts() -> list[generate_lib.Prompt]:
+def prompts() -> list[prompts_lib.Prompt]:
     """Text only; an image in front, in the middle; two images; the first image again. Lengths 3 to 15."""
     rng = np.random.default_rng(1)
     pictures = [rng.normal(size=(16, 16, 3)).astype(np.float32) for _ in range(3)]
 
     def prompt(*parts, images=()):
-        return generate_lib.Prompt(np.array(parts, np.int32), tuple(pictures[i] for i in images))
+        return prompts_lib.Prompt(np.array(parts, np.int32), tuple(pictures[i] for i in images))
 
     return [
         prompt(5, 9, 17),
@@ -66,8 +67,8 @@ def prompts() -> list[generate_lib.Prompt]:
     ]
 
 
-def batch_of(chosen: list[generate_lib.Prompt], side: str = "right", row_length: int = T) -> batch_lib.Batch:
-    return generate_lib.prompt_batch(
+def batch_of(chosen: list[prompts_lib.Prompt], side: str = "right", row_length: int = T) -> batch_lib.Batch:
+    return prompts_lib.prompt_batch(
         chosen, tokens_per_image=4, row_length=row_length, num_images=3, image_size=16, padding_side=side
     )
 
@@ -154,9 +155,9 @@ def test_the_loop_ends_when_every_row_has(monkeypatch):
     steps = []
     decode = vlm.VLM.decode_step
 
-    def counted(self, tokens, cache):
+    def counted(self, tokens, cache, *, active):
         jax.debug.callback(lambda: steps.append(1))
-        return decode(self, tokens, cache)
+        return decode(self, tokens, cache, active=active)
 
     monkeypatch.setattr(vlm.VLM, "decode_step", counted)
     pair = prompts()[:2]
@@ -210,27 +211,27 @@ def test_without_capacity_the_answer_does_not_depend_on_the_batch_whatever_the_t
 
 def test_image_marks_expand_to_slots_of_the_right_image():
     first, second = (np.zeros((16, 16, 3), np.float32) for _ in range(2))
-    prompt = generate_lib.Prompt(np.array([3, IMAGE, 7, IMAGE], np.int32), (first, second))
-    shared = generate_lib.Prompt(np.array([IMAGE, 9], np.int32), (second,))
-    batch = generate_lib.prompt_batch(
+    prompt = prompts_lib.Prompt(np.array([3, IMAGE, 7, IMAGE], np.int32), (first, second))
+    shared = prompts_lib.Prompt(np.array([IMAGE, 9], np.int32), (second,))
+    batch = prompts_lib.prompt_batch(
         [prompt, shared], tokens_per_image=2, row_length=8, num_images=2, image_size=16, padding_side="left"
     )
     assert batch.tokens.tolist() == [[0, 0, 3, 0, 0, 7, 0, 0], [0, 0, 0, 0, 0, 0, 0, 9]]
     assert batch.image_slot.tolist() == [[-1, -1, -1, 0, 1, -1, 2, 3], [-1, -1, -1, -1, -1, 2, 3, -1]]
     assert batch.position.tolist() == [[0, 0, 0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0, 1, 2]]
     assert batch.valid.sum(axis=1).tolist() == [6, 3]
-    assert generate_lib.expanded_length(prompt.tokens, 2) == 6
+    assert prompts_lib.expanded_length(prompt.tokens, 2) == 6
 
 
 def test_prompts_that_do_not_fit_are_refused_with_the_number_and_the_remedy():
-    long = generate_lib.Prompt(np.arange(1, T + 2, dtype=np.int32))
+    long = prompts_lib.Prompt(np.arange(1, T + 2, dtype=np.int32))
     with pytest.raises(ValueError, match=f"has {T + 1} tokens, the row has {T}"):
         batch_of([long])
     with pytest.raises(ValueError, match=f"prompt of {T + 1} tokens .* max_positions={T + NEW}"):
         run(batch_of([long], row_length=T + 1))
     with pytest.raises(ValueError, match="2 image marks and 1 images"):
-        batch_of([generate_lib.Prompt(np.array([IMAGE, IMAGE, 4]), prompts()[1].images)])
+        batch_of([prompts_lib.Prompt(np.array([IMAGE, IMAGE, 4]), prompts()[1].images)])
     with pytest.raises(ValueError, match="3 different images, the batch has room for 1"):
-        generate_lib.prompt_batch(prompts(), tokens_per_image=4, row_length=T, num_images=1, image_size=16)
+        prompts_lib.prompt_batch(prompts(), tokens_per_image=4, row_length=T, num_images=1, image_size=16)
     with pytest.raises(ValueError, match="row 0 of the prompts is empty"):
-        run(batch_of([generate_lib.Prompt(np.zeros(0, np.int32))]))
+        run(batch_of([prompts_lib.Prompt(np.zeros(0, np.int32))]))

@@ -8,6 +8,7 @@ from flax import nnx
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.decoding import generate as generate_lib
+from moe_vlm_jax.decoding import prompts as prompts_lib
 from moe_vlm_jax.hf import configs, load
 from moe_vlm_jax.models import vlm
 from tests.hf import tiny
@@ -55,9 +56,9 @@ def test_greedy_tokens_of_a_padded_batch_equal_those_of_transformers_one_by_one(
 
     end = expected[1][2]
     stopped = [transformers_tokens(model, t, p, end) for (t, _), p in zip(PROMPTS, pixels, strict=True)]
-    batch = generate_lib.prompt_batch(
+    batch = prompts_lib.prompt_batch(
         [
-            generate_lib.Prompt(np.array(tokens, np.int32), () if picture is None else (picture,))
+            prompts_lib.Prompt(np.array(tokens, np.int32), () if picture is None else (picture,))
             for (tokens, _), picture in zip(PROMPTS, pixels, strict=True)
         ],
         tokens_per_image=config.vision.num_tokens,
