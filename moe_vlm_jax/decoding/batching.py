@@ -90,6 +90,18 @@ def round_up(length: int) -> int:
     return -(-length // unit) * unit
 
 
+def slots(tokens: np.ndarray, tokens_per_image: int) -> tuple[int, int]:
+    """Returns how many slots of a cache a prompt's beginning and its rest take, each rounded up.
+
+    Args:
+      tokens: int32[T] of the prompt, with image marks.
+      tokens_per_image: P.
+    """
+    cut = prompts_lib.prefix_length(tokens)
+    front = prompts_lib.expanded_length(tokens[:cut], tokens_per_image)
+    return round_up(front) if front else 0, round_up(len(tokens) - cut)
+
+
 def _buckets(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> dict[int, list[list[int]]]:
     """Returns batches by their row length."""
     by_length = collections.defaultdict(list)

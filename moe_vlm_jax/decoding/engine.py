@@ -126,7 +126,9 @@ class Engine:
             raise ValueError("the prompt is empty; give it at least one token.")
         new = request.generation.max_new_tokens
         prompts_lib.check_length(length, new, self._config)
-        needed = sum(self._cut(request.prompt)[1:]) + new
+        if prompts_lib.prefix_length(request.prompt.tokens) == len(request.prompt.tokens):
+            raise ValueError("the prompt ends with an image; put the question behind it.")
+        needed = sum(batching.slots(request.prompt.tokens, self._config.vision.num_tokens)) + new
         if needed > self._length:
             raise ValueError(
                 f"a prompt of {length} tokens (rounded up {needed - new}) and max_new_tokens={new} exceed the cache's "
@@ -161,13 +163,14 @@ class Engine:
 
     def _admit(self, row: int, request_id: int, request: Request) -> Progress:
         """Puts a request into a free row and returns its first token."""
-        prompt = request.prompt
-        cut, front_length, rest_length = self._cut(prompt)
-        whole = prompts_lib.expanded_length(prompt.tokens, self._config.vision.num_tokens)
+        prompt, per_image = request.prompt, self._config.vision.num_tokens
+        cut = prompts_lib.prefix_length(prompt.tokens)
+        front_length, rest_length = batching.slots(prompt.tokens, per_image)
+        whole = prompts_lib.expanded_length(prompt.tokens, per_image)
         front, first = None, 0
         if front_length:
             front, is_new = self._front(prompts_lib.Prompt(prompt.tokens[:cut], prompt.images), front_length)
-            first = prompts_lib.expanded_length(prompt.tokens[:cut], self._config.vision.num_tokens)
+            first = prompts_lib.expanded_length(prompt.tokens[:cut], per_image)
             self.computed_tokens += first if is_new else 0
         self.prompt_tokens += whole
         self.computed_tokens += whole - first
@@ -202,14 +205,6 @@ class Engine:
                 if not active[row]:
                     self._request_of_row[row] = None
         return progress
-
-    def _cut(self, prompt: prompts_lib.Prompt) -> tuple[int, int, int]:
-        """Returns where the prompt is cut, and the slots of its front and of the rest."""
-        cut = prompts_lib.prefix_length(prompt.tokens)
-        if cut == len(prompt.tokens):
-            raise ValueError("the prompt ends with an image; put the question behind it.")
-        front = prompts_lib.expanded_length(prompt.tokens[:cut], self._config.vision.num_tokens)
-        return cut, front and batching.round_up(front), batching.round_up(len(prompt.tokens) - cut)
 
     def _front(self, prompt: prompts_lib.Prompt, length: int) -> tuple[_Front, bool]:
         """Returns the keys and values of a prompt's beginning, and whether they had to be computed."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_vlm_jax import config as config_lib
+from moe_vlm_jax.decoding import text
 
 
 class Settings(NamedTuple):
@@ -142,5 +143,4 @@ def check(generation: config_lib.GenerationConfig) -> None:
             )
     if generation.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={generation.max_new_tokens} must be at least 1.")
-    if any(not text for text in generation.stop):
-        raise ValueError(f"stop={list(generation.stop)} has an empty string, which every text contains; remove it.")
+    text.check_stop(generation.stop)

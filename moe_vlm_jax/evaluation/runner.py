@@ -23,6 +23,7 @@ from moe_vlm_jax.data import records as records_lib
 from moe_vlm_jax.decoding import batching
 from moe_vlm_jax.decoding import generate as generate_lib
 from moe_vlm_jax.decoding import prompts as prompts_lib
+from moe_vlm_jax.decoding import text as text_lib
 from moe_vlm_jax.evaluation import blind, scorers
 
 Record = records_lib.Record
@@ -207,8 +208,9 @@ def answer_prompts(
     def collect(indices: list[int], out: generate_lib.Generated) -> None:
         tokens, length, stopped = (np.asarray(array) for array in out)
         for row, index in enumerate(indices):
-            ids = tokens[row, : length[row]].tolist()
-            answers[index] = (tokenizer.decode(ids, skip_special_tokens=True).strip(), bool(stopped[row]))
+            said = text_lib.AnswerStream(tokenizer, config.generation.stop)
+            answer = said.push(tokens[row, : length[row]].tolist()) + said.flush()
+            answers[index] = (answer, bool(stopped[row]) or said.finished)
         progress.report(len(answers))
 
     running = None  # the batch on the device while the host prepares the next one

@@ -29,7 +29,9 @@ def start(source: ready.Source, *, num_rows: int, cache_length: int, steps_per_c
       steps_per_call: tokens of each row between two looks at what came in, and so between two pieces of a stream.
     """
     graphdef, params = source.load()
-    graphdef, params = layout.apart(generate.dropless_graphdef(graphdef, params), params, donate=True)
+    graphdef, params = layout.apart(
+        generate.dropless_graphdef(graphdef, params), params, num_rows=num_rows, donate=True
+    )
     return engine_lib.Engine(
         graphdef,
         params,

@@ -63,10 +63,8 @@ class Prompts:
         return prompts_lib.expanded_length(tokens, self._model.vision.num_tokens)
 
     def slots(self, tokens: np.ndarray) -> int:
-        """Returns how many slots of a cache a prompt takes: its beginning and its rest are rounded up."""
-        cut = prompts_lib.prefix_length(tokens)
-        front = self.length(tokens[:cut])
-        return (batching.round_up(front) if front else 0) + batching.round_up(len(tokens) - cut)
+        """Returns how many slots of a cache a prompt takes."""
+        return sum(batching.slots(tokens, self._model.vision.num_tokens))
 
     def room(self, tokens: np.ndarray, cache_length: int) -> int:
         """Returns how many tokens an answer may have; less than 1: the prompt does not fit.

@@ -209,6 +209,43 @@ def test_without_capacity_the_answer_does_not_depend_on_the_batch_whatever_the_t
     assert nnx.merge(graphdef, params).decoder.groups[0].blocks[0].moe.config == moe  # the original is untouched
 
 
+@pytest.mark.parametrize("generation", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_prompts_that_share_their_beginning_get_the_tokens_that_they_get_whole(generation, side):
+    first, second = prompts()[1], prompts()[3]
+    picture = first.images[0]
+    chosen = [
+        *prompts(),  # text alone has an empty beginning; the last one shares that of the second
+        prompts_lib.Prompt(np.array([IMAGE, 17, 4, 4, 20], np.int32), (picture,)),
+        prompts_lib.Prompt(np.array([3, IMAGE, 11, IMAGE, 9], np.int32), second.images),
+    ]
+    split = prompts_lib.split(chosen)
+    assert split.prefix_of.tolist() == [0, 1, 2, 3, 1, 1, 3]
+    shape = {"tokens_per_image": 4, "image_size": 16, "padding_side": side}
+    fronts = prompts_lib.prompt_batch(split.prefixes, row_length=11, num_images=3, **shape)
+    lengths = [prompts_lib.expanded_length(front.tokens, 4) for front in split.prefixes]
+    rest = prompts_lib.prompt_batch(
+        split.suffixes, row_length=8, num_images=0, first_positions=[lengths[i] for i in split.prefix_of], **shape
+    )
+    graphdef, params = model()
+    shared = generate_lib.generate(
+        graphdef,
+        params,
+        rest,
+        config=CONFIG,
+        generation=dataclasses.replace(generation, repetition_penalty=1.3),
+        end_tokens=(NEVER,),
+        prefixes=generate_lib.Prefixes(fronts, split.prefix_of),
+    )
+    whole = run(batch_of(chosen, side), dataclasses.replace(generation, repetition_penalty=1.3))
+    np.testing.assert_array_equal(shared.tokens, whole.tokens)
+
+
+def test_a_prompt_that_ends_with_its_image_cannot_be_split():
+    with pytest.raises(ValueError, match="prompt 1 ends with an image"):
+        prompts_lib.split([prompts()[0], prompts_lib.Prompt(np.array([4, IMAGE], np.int32), prompts()[1].images)])
+
+
 def test_image_marks_expand_to_slots_of_the_right_image():
     first, second = (np.zeros((16, 16, 3), np.float32) for _ in range(2))
     prompt = prompts_lib.Prompt(np.array([3, IMAGE, 7, IMAGE], np.int32), (first, second))

@@ -149,7 +149,7 @@ def test_the_penalty_and_both_truncations_equal_those_of_transformers(penalty):
         ({"top_k": -1, "temperature": 1.0}, "top_k=-1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"stop": ("\n", "")}, "empty string"),
+        ({"stop": ("\n", "")}, "empty text"),
     ],
 )
 def test_settings_without_meaning_are_refused(changes, message):
