@@ -56,11 +56,13 @@ class Progress(NamedTuple):
       request_id: of `submit`.
       tokens: the new ones, without the end token.
       finish: None while it goes on; 'stop' at an end token, 'length' at max_new_tokens.
+      kept_tokens: with the first tokens, how many of the prompt's did not have to be computed; later 0.
     """
 
     request_id: int
     tokens: tuple[int, ...]
     finish: str | None
+    kept_tokens: int = 0
 
 
 class _Front(NamedTuple):
@@ -167,13 +169,13 @@ class Engine:
         cut = prompts_lib.prefix_length(prompt.tokens)
         front_length, rest_length = batching.slots(prompt.tokens, per_image)
         whole = prompts_lib.expanded_length(prompt.tokens, per_image)
-        front, first = None, 0
+        front, first, kept = None, 0, 0
         if front_length:
             front, is_new = self._front(prompts_lib.Prompt(prompt.tokens[:cut], prompt.images), front_length)
             first = prompts_lib.expanded_length(prompt.tokens[:cut], per_image)
-            self.computed_tokens += first if is_new else 0
+            kept = 0 if is_new else first
         self.prompt_tokens += whole
-        self.computed_tokens += whole - first
+        self.computed_tokens += whole - kept
         rest = self._batch(prompts_lib.Prompt(prompt.tokens[cut:]), rest_length, first_position=first)
         key = jax.random.fold_in(jax.random.key(request.generation.seed), np.uint32(request.row_id))
         self._rows, token, ended, active = _admit(
@@ -189,7 +191,8 @@ class Engine:
         )
         if active:
             self._request_of_row[row] = request_id
-        return _progress(request_id, [int(token)], ended=bool(ended), active=bool(active))
+        said = _progress(request_id, [int(token)], ended=bool(ended), active=bool(active))
+        return said._replace(kept_tokens=kept)
 
     def _decode(self) -> list[Progress]:
         before = np.asarray(self._rows.count)

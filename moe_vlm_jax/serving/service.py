@@ -243,7 +243,12 @@ class _Answer:
 
     def usage(self) -> dict:
         prompt, answer = self._prompt_tokens, self.last.num_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": answer,
+            "total_tokens": prompt + answer,
+            "prompt_tokens_details": {"cached_tokens": self.last.kept_tokens},
+        }
 
 
 async def _stream(

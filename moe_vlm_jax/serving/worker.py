@@ -27,6 +27,7 @@ class Delta(NamedTuple):
     Attributes:
       text: what is to be added to the answer.
       num_tokens: of the answer so far.
+      kept_tokens: of the prompt, whose keys and values an earlier request about the same image left.
       finish: 'stop' (an end token or a stop string) or 'length'; None: more comes.
       error: why there is no more: ValueError (the request was refused) or UnavailableError.
     """
@@ -35,6 +36,7 @@ class Delta(NamedTuple):
     num_tokens: int = 0
     finish: str | None = None
     error: Exception | None = None
+    kept_tokens: int = 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -46,7 +48,7 @@ class Ticket:
       deliver: called with each Delta; must not block.
       text: the answer so far.
       id: the engine's number, once it has one.
-      num_tokens: of the answer so far.
+      num_tokens, kept_tokens: as Delta's.
       cancelled: nobody waits for it any more.
     """
 
@@ -55,6 +57,7 @@ class Ticket:
     text: text_lib.AnswerStream
     id: int | None = None
     num_tokens: int = 0
+    kept_tokens: int = 0
     cancelled: bool = False
 
 
@@ -151,6 +154,7 @@ class Worker:
         if ticket is None:  # a stop string came in an earlier piece of the same call
             return
         ticket.num_tokens += len(progress.tokens)
+        ticket.kept_tokens += progress.kept_tokens
         text = ticket.text.push(progress.tokens)
         if finish:
             text += ticket.text.flush()
@@ -161,7 +165,7 @@ class Worker:
         if finish:
             del self._running[progress.request_id]
         if text or finish:
-            ticket.deliver(Delta(text, ticket.num_tokens, finish))
+            ticket.deliver(Delta(text, ticket.num_tokens, finish, kept_tokens=ticket.kept_tokens))
 
     def _fail(self, ticket: Ticket) -> None:
         why = "decoding failed" if self.failure else "the server stops"

@@ -109,6 +109,12 @@ def test_200_requests_at_once_get_the_answers_that_they_get_offline(tmp_path, mo
     try:
         assert asyncio.run(ask_all(server.port, asked)) == expected
         assert asyncio.run(ask_all(server.port, asked[:9])) == expected[:9]
+        assert engine.computed_tokens < 0.9 * engine.prompt_tokens  # six pictures, alone and in pairs, again and again
+        pictured = next(each for each in asked if each.images)
+        for _ in range(2):
+            _, said = server.ask({**examples.question(pictured.text, *pictured.images), "max_tokens": 3})
+        kept = said["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert source.config.model.vision.num_tokens * len(pictured.images) <= kept < said["usage"]["prompt_tokens"]
     finally:
         server.stop()
     # The command `generate` says the same.

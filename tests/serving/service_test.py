@@ -56,7 +56,8 @@ def test_a_whole_answer_has_openais_form(serve):
     assert choice["message"] == {"role": "assistant", "content": ANSWER, "refusal": None}
     assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "stop", None)
     prompt, answer = len(server.engine.asked[0].prompt.tokens), len(examples.tokenizer()(ANSWER).input_ids)
-    assert said["usage"] == {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    counts = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    assert said["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 0}}
 
 
 def test_image_tokens_are_counted(serve):
