@@ -12,8 +12,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
 MEBIBYTE_IN_KIB = 1024
@@ -87,7 +87,7 @@ class Worker:
         self.process.communicate()
 
 
-def alternate(workers: dict[str, Worker], rounds: int, warmup: int = 2) -> dict[str, Timing]:
+def alternate(workers: Mapping[Any, Worker], rounds: int, warmup: int = 2) -> dict[Any, Timing]:
     """Returns the timings of every worker, one step of each in turn, the order reversed every round."""
     timings = {name: Timing([], []) for name in workers}
     for index in range(-warmup, rounds):

@@ -20,6 +20,7 @@ GROUPS = {
     "sft": ("sft", "data"),
     "nf4": ("nf4", "qlora"),
     "dpo": ("dpo",),
+    "decode": ("decode",),
     "dpo_quality": ("dpo_quality",),
     "quality": ("qlora_quality",),
     "expert_parallel": ("expert_parallel",),

@@ -3,7 +3,7 @@
 #
 #   bash launch/test.sh               everything
 #   bash launch/test.sh --fast        without the tests marked slow
-#   bash launch/test.sh --no-torch    in an environment without torch: only the tests that need none (listed)
+#   bash launch/test.sh --no-torch    without torch and OpenAI's client: only the tests that need neither (others are listed)
 #   bash launch/test.sh --dry-run     prints what would run
 #   bash launch/test.sh -- -k router  what follows '--' goes to pytest
 #
@@ -58,15 +58,17 @@ if [[ "$extras" == dev ]]; then
   timed pyright run "$bin/pyright" --pythonpath "$bin/python"
   timed shellcheck run "$bin/shellcheck" -x launch/*.sh launch/*.sbatch .ci/run
 else
-  # Test files that import torch, themselves or through a module of tests/.
-  torch_import='^\s*(import|from) torch\b'
-  while IFS= read -r module; do
-    folder=$(dirname "$module") name=$(basename "$module" .py)
-    torch_import+="|^\s*from ${folder//\//\\.} import .*\b$name\b"
-  done < <(grep -rlE --include='*.py' --exclude='*_test.py' "$torch_import" tests)
-  while IFS= read -r file; do
-    say "not run here (needs torch): $file"
-    pytest_arguments+=("--ignore=$file")
-  done < <(grep -rlE --include='*_test.py' "$torch_import" tests | sort)
+  # Test files that import torch or OpenAI's client, themselves or through a module of tests/.
+  for package in torch openai; do
+    pattern="^\s*(import|from) $package\b"
+    while IFS= read -r module; do
+      folder=$(dirname "$module") name=$(basename "$module" .py)
+      pattern+="|^\s*from ${folder//\//\\.} import .*\b$name\b"
+    done < <(grep -rlE --include='*.py' --exclude='*_test.py' "$pattern" tests)
+    while IFS= read -r file; do
+      say "not run here (needs $package): $file"
+      pytest_arguments+=("--ignore=$file")
+    done < <(grep -rlE --include='*_test.py' "$pattern" tests | sort)
+  done
 fi
 timed pytest run "$bin/python" -m pytest -q -rs --durations=15 -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "${pytest_arguments[@]}"

@@ -2,9 +2,9 @@
 
     --config configs/sft.py:tiny --config.optimizer.learning_rate=1e-4 --config.data.row_lengths="(256, 512)"
 
-The file's get_config(arg) gives a RunConfig (or, where a command takes one, a Chain), overrides set its fields, and
-`validate` checks the result. All of that happens before anything else; what is wrong is said in one message, without a
-traceback.
+The file's get_config(arg) gives a RunConfig (or what else the command takes: a Chain, ...), overrides set its fields,
+and `validate` checks the result. All of that happens before anything else; what is wrong is said in one message,
+without a traceback.
 """
 
 import contextlib
@@ -40,14 +40,22 @@ def config_name() -> str:
     return "-".join(filter(None, (pathlib.Path(path).stem, argument)))
 
 
-def run(main: Callable[[Sequence[str]], None], *, chains: bool = False) -> None:
+def run(
+    main: Callable[[Sequence[str]], None],
+    *,
+    chains: bool = False,
+    kind: type = config_lib.RunConfig,
+    validate: Callable[[Any], None] = chain.validate,
+) -> None:
     """Parses the command line and calls main; a mistake in it ends the process with code 2.
 
     Args:
       main: called with the arguments that are no flags.
       chains: whether --config may give a Chain.
+      kind: of config that --config gives, a dataclass.
+      validate: raises ValueError for what is wrong with one.
     """
-    app.run(main, flags_parser=functools.partial(_parse, chains=chains))
+    app.run(main, flags_parser=functools.partial(_parse, chains=chains, kind=kind, validate=validate))
 
 
 @contextlib.contextmanager
@@ -72,10 +80,10 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache / "moe_vlm_jax" / "compiled"))
 
 
-def _parse(argv: Sequence[str], *, chains: bool) -> list[str]:
-    default: config_lib.RunConfig | config_lib.Chain = config_lib.RunConfig()
+def _parse(argv: Sequence[str], *, chains: bool, kind: type, validate: Callable[[Any], None]) -> list[str]:
+    default = kind()
     try:
-        default = _check_overrides(argv)
+        default = _check_overrides(argv, kind)
         rest = flags.FLAGS(argv)
         config = flags.FLAGS["config"].value
         if isinstance(config, config_lib.Chain) and not chains:
@@ -83,9 +91,7 @@ def _parse(argv: Sequence[str], *, chains: bool) -> list[str]:
                 f"--config gives a chain of {', '.join(chain.runs(config))}, and this command takes one run; give the "
                 "config of that run, e.g. configs/stage3.py."
             )
-        if not isinstance(config, (config_lib.RunConfig, config_lib.Chain)):
-            raise ValueError(f"get_config() of --config must return a RunConfig, not {type(config).__name__}.")
-        chain.validate(config)
+        validate(config)
     except (flags.Error, ValueError) as error:
         sys.stderr.write(f"error: {_explain(error, argv, default)}\n")
         sys.exit(2)
@@ -108,8 +114,8 @@ def _set_up_logging() -> None:
     handler.addFilter(lambda record: record.levelno > std_logging.INFO or record.pathname.startswith(ours))
 
 
-def _check_overrides(argv: Sequence[str]) -> config_lib.RunConfig | config_lib.Chain:
-    """Returns the config as its file makes it, or RunConfig() where that fails: the parser then says why.
+def _check_overrides(argv: Sequence[str], kind: type) -> Any:
+    """Returns the config as its file makes it, or kind() where that fails: the parser then says why.
 
     Raises:
       ValueError: a config file that is not there, or overrides of fields that do not exist.
@@ -123,7 +129,7 @@ def _check_overrides(argv: Sequence[str]) -> config_lib.RunConfig | config_lib.C
             path = name.partition(":")[0]
             if not pathlib.Path(path).is_file():
                 mistakes.append(f"config file {path!r} does not exist; give the path of a file like configs/sft.py.")
-    config = config_lib.RunConfig() if mistakes else _made(name)
+    config = kind() if mistakes else _made(name, kind)
     fields = validation.flatten(config)
     for argument in argv[1:]:
         match = _OVERRIDE.fullmatch(argument)
@@ -134,16 +140,18 @@ def _check_overrides(argv: Sequence[str]) -> config_lib.RunConfig | config_lib.C
     return config
 
 
-def _made(name: str) -> config_lib.RunConfig | config_lib.Chain:
+def _made(name: str, kind: type) -> Any:
     path, _, argument = name.partition(":")
     try:
         config = runpy.run_path(path)["get_config"](*filter(None, [argument]))
     except Exception:  # a config file is the user's code and may raise anything; the parser runs it again and says what
-        return config_lib.RunConfig()
-    return config if isinstance(config, (config_lib.RunConfig, config_lib.Chain)) else config_lib.RunConfig()
+        return kind()
+    if not isinstance(config, (kind, config_lib.Chain)):
+        raise ValueError(f"get_config() of --config must return {kind.__name__}, not {type(config).__name__}.")
+    return config
 
 
-def _explain(error: Exception, argv: Sequence[str], config: config_lib.RunConfig | config_lib.Chain) -> str:
+def _explain(error: Exception, argv: Sequence[str], config: Any) -> str:
     """Returns the message for people: absl's names the parser's trouble, not the field's type."""
     fields = validation.flatten(config)
     text = str(error)

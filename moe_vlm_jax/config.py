@@ -279,7 +279,10 @@ class GenerationConfig:
 
     max_new_tokens: int = 32
     temperature: float = 0.0  # 0 is greedy
-    top_p: float = 1.0
+    top_k: int = 0  # of the most probable tokens; 0: all
+    top_p: float = 1.0  # of the probability mass, after top_k
+    repetition_penalty: float = 1.0  # on tokens of the prompt and the answer; 1: none
+    stop: tuple[str, ...] = ()  # texts that end an answer; they are not part of it
     seed: int = 0
 
 

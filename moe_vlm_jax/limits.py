@@ -64,6 +64,7 @@ RANGES: dict[tuple[float | None, float | None, bool], dict[str, str]] = {
         "model.lora": "alpha",
         "optimizer": "eps max_grad_norm",
         "training": "epochs",
+        "generation": "repetition_penalty",
         "preference": "beta temperature",
     },
     (0, None, True): {
@@ -75,7 +76,7 @@ RANGES: dict[tuple[float | None, float | None, bool], dict[str, str]] = {
         "data": "num_images images_per_row num_workers",
         "optimizer": "learning_rate muon_learning_rate weight_decay",
         "training": "max_steps loss_chunk checkpoint_seconds upcycling_noise",
-        "generation": "temperature",
+        "generation": "temperature top_k",
         "preference": "gamma sft_coef",
         "evaluation": "max_questions every_steps page_samples",
         "mesh": "data",

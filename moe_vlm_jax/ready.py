@@ -35,10 +35,14 @@ class Source(NamedTuple):
     load: Callable[[], tuple[nnx.GraphDef, nnx.State]]
 
 
-def from_workdir(workdir: str) -> Source:
-    """Returns a run of this project, with its newest checkpoint."""
-    # One answer is computed on one device, or the same on each: the mesh of the training may not exist here.
-    config = dataclasses.replace(checkpoint.read_config(workdir), mesh=config_lib.MeshConfig())
+def from_workdir(workdir: str, *, mesh: config_lib.MeshConfig | None = None) -> Source:
+    """Returns a run of this project, with its newest checkpoint.
+
+    Args:
+      workdir: of the run.
+      mesh: to compute on; None: rows are spread over the devices, and the mesh of the training need not exist here.
+    """
+    config = dataclasses.replace(checkpoint.read_config(workdir), mesh=mesh or config_lib.MeshConfig())
 
     def load() -> tuple[nnx.GraphDef, nnx.State]:
         model = setup.make_model(config)
@@ -62,6 +66,7 @@ def from_checkpoint(
     template: str | None = None,
     vision: str | None = None,
     dtype: str | None = None,
+    mesh: config_lib.MeshConfig | None = None,
 ) -> Source:
     """Returns a checkpoint in HF layout.
 
@@ -71,6 +76,7 @@ def from_checkpoint(
       template: of conversations; None: by the checkpoint's family.
       vision: folder of the tower, if not the checkpoint's own.
       dtype: of parameters and computation; None: float32 on a CPU, else bfloat16.
+      mesh: to compute on; None: one device.
 
     Raises:
       ValueError: the checkpoint is unreadable, or its template is not known.
@@ -94,7 +100,12 @@ def from_checkpoint(
         transform = images_lib.transform_for(config.vision, data)
 
     def load() -> tuple[nnx.GraphDef, nnx.State]:
-        graphdef, abstract = nnx.split(nnx.eval_shape(lambda: vlm.VLM(config, rngs=nnx.Rngs(0))))
+        if mesh is None:
+            graphdef, abstract = nnx.split(nnx.eval_shape(lambda: vlm.VLM(config, rngs=nnx.Rngs(0))))
+        else:
+            training = config_lib.TrainingConfig(trainable=(), frozen=(".*",))
+            model = setup.make_model(config_lib.RunConfig(model=config, mesh=mesh, training=training))
+            graphdef, abstract = model.graphdef, nnx.merge_state(model.trainable, model.frozen)
         return graphdef, hf_load.load_into(abstract, folder, config, vision=vision).state
 
     loaded = tokenize.load_tokenizer(data.tokenizer)

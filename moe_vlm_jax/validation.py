@@ -19,7 +19,7 @@ def validate(config: config_lib.RunConfig) -> None:
     Raises:
       ValueError: all mistakes, one line each: value, rule, remedy.
     """
-    mistakes = list(_types(config, ""))
+    mistakes = list(type_mistakes(config))
     if not mistakes:  # the other rules compute with the values
         mistakes = [*_ranges(config), *_patterns(config), *_model(config.model), *_moe(config.model)]
         mistakes += [*_adaptation(config.model), *_data(config), *_training(config), *_preference(config)]
@@ -66,12 +66,13 @@ def indivisible_experts(num_experts: int, axis_size: int) -> str:
     )
 
 
-def _types(config: object, prefix: str) -> Iterator[str]:
+def type_mistakes(config: object, prefix: str = "") -> Iterator[str]:
+    """Yields a message for each field of nested dataclasses whose value is not of its type."""
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         value, path = getattr(config, field.name), prefix + field.name
         if dataclasses.is_dataclass(field.type):
             if isinstance(value, field.type):  # type: ignore[arg-type]
-                yield from _types(value, path + ".")
+                yield from type_mistakes(value, path + ".")
             else:
                 yield f"{path}={value!r} must be a {field.type.__name__}; set its fields one by one."  # type: ignore[union-attr]
         elif isinstance(field.type, types.GenericAlias):
@@ -267,7 +268,7 @@ def _training(config: config_lib.RunConfig) -> Iterator[str]:
     if config.optimizer.schedule == "constant":
         yield from _no_effect(config.optimizer, "optimizer", "final_ratio", "with optimizer.schedule='constant'")
     if config.generation.temperature == 0:
-        yield from _no_effect(config.generation, "generation", "top_p", "with generation.temperature=0 (greedy)")
+        yield from _no_effect(config.generation, "generation", "top_p top_k", "with generation.temperature=0 (greedy)")
     row_devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert
     if training.batch_size % row_devices:
         yield (

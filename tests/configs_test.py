@@ -9,6 +9,8 @@ from flax import nnx
 
 from moe_vlm_jax import chain, sharding, tree, validation
 from moe_vlm_jax import config as config_lib
+from moe_vlm_jax.evaluation import settings
+from moe_vlm_jax.evaluation.benchmarks import catalogue
 from moe_vlm_jax.models import presets, vlm
 from moe_vlm_jax.quant import state as quant
 
@@ -37,8 +39,18 @@ def _load(name: str):
 
 
 def test_every_file_of_the_folder_is_tested_here():
-    names = {name for name, _ in [*ALL, *CHAINS]}
+    names = {name for name, _ in [*ALL, *CHAINS]} | {"evaluate"}
     assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted(names)
+
+
+def test_the_evaluation_config_is_valid_once_a_model_is_named():
+    config = _load("evaluate").get_config()
+    assert config.benchmarks == "embedded"
+    with pytest.raises(ValueError, match="workdir='' and checkpoint=''"):
+        settings.validate(config)
+    config.workdir = "runs/sft"
+    settings.validate(config)
+    catalogue.check(config)
 
 
 @pytest.mark.parametrize(("name", "argument"), ALL)

@@ -1,6 +1,7 @@
 """The question on the command line, for a run's checkpoint and for one in HF layout."""
 
 import dataclasses
+import json
 import pathlib
 import re
 
@@ -10,8 +11,8 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from moe_vlm_jax import arguments, generate, ready
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import generate, ready
 from moe_vlm_jax.data import images as images_lib
 from moe_vlm_jax.data import records as records_lib
 from moe_vlm_jax.data import tokenize
@@ -101,7 +102,7 @@ def loaded(trained, monkeypatch) -> None:
         config=config,
         tokenizer=tokenize.load_tokenizer("closed"),
         transform=images_lib.transform_for(config.model.vision, config.data),
-        load=lambda: (graphdef, params),
+        load=lambda: (graphdef, jax.tree.map(jax.numpy.copy, params)),  # whoever loads owns the arrays
     )
     monkeypatch.setattr(ready, "from_workdir", lambda workdir: source)
 
@@ -118,6 +119,103 @@ def test_settings_of_the_command_line_go_before_those_of_the_run(picture, capsys
     assert max(len(answer.split()) for answer in answers) > 4
 
 
+@pytest.mark.usefixtures("loaded")
+def test_streamed_and_stopped_answers_are_those_of_the_whole_answer(picture, capsys):
+    asked = ["--workdir", "runs/sft", "--image", picture, "--question", QUESTION, "--max-new-tokens", "9"]
+    asked += ["--temperature", "3", "--top-k", "40", "--repetition-penalty", "1.5", "--seed", "2"]
+    assert generate.main(asked) == 0
+    whole = capsys.readouterr()
+    assert generate.main([*asked, "--stream"]) == 0
+    assert capsys.readouterr() == whole
+    words = whole.out.split()
+    assert len(words) > 4
+    assert generate.main([*asked, "--stop", words[3], "--stop", words[4]]) == 0
+    stopped = capsys.readouterr()
+    assert stopped.out.split() == words[: words.index(words[3])]
+    assert "cut off" not in stopped.err
+
+
+@pytest.fixture
+def questions(tmp_path, picture) -> pathlib.Path:
+    """A file of 13 questions about two pictures and none, and what cannot be asked."""
+    Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "other.png")
+    texts = [QUESTION, "which item is largest ?", "which item is smallest ?"]
+    rows = [
+        {"id": i, "question": texts[i % 3], "images": [[picture], ["other.png"], [picture, "other.png"], []][i % 4]}
+        for i in range(13)
+    ]
+    lines = [json.dumps(row) for row in rows]
+    lines.insert(2, '{"id": ')
+    lines.insert(5, json.dumps({"id": "zebra", "image": picture, "question": "how many zebras ?"}))
+    lines.insert(9, json.dumps({"id": "gone", "image": "gone.png", "question": QUESTION}))
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def rows_of(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def answers_of(path: pathlib.Path) -> dict:
+    return {row["id"]: (row["answer"], row["finish"]) for row in rows_of(path)}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("loaded")
+def test_a_file_of_questions_gets_the_answers_that_each_question_gets_alone(questions, tmp_path, capsys, picture):
+    out = tmp_path / "answers.jsonl"
+    asked = ["--workdir", "runs/sft", "--questions", str(questions), "--out", str(out), "--num-rows", "3"]
+    assert generate.main(asked) == 1  # three rows could not be asked
+    said = capsys.readouterr()
+    assert not said.out
+    for fault in (
+        "questions.jsonl:3: ",
+        "questions.jsonl:6: the tokenizer does not know 'zebras'",
+        "questions.jsonl:10: ",
+    ):
+        assert f"not asked: {fault}" in said.err
+    assert "has 13 answers, 13 of them new; 3 rows were not asked" in said.err
+    rows = rows_of(out)
+    assert sorted(row["id"] for row in rows) == list(range(13))
+    shown = [tuple(row["images"]) for row in rows]
+    assert len([i for i in range(1, 13) if shown[i] != shown[i - 1]]) <= 6  # those about one picture, mostly together
+    for row in rows[:4]:
+        images = [part for image in row["images"] for part in ("--image", str(tmp_path / image))]
+        assert generate.main(["--workdir", "runs/sft", *images, "--question", row["question"]]) == 0
+        assert capsys.readouterr().out == row["answer"] + "\n"
+    # Nothing is asked twice, and a draw depends on seed and line alone, however it came to it.
+    assert generate.main(asked) == 1
+    assert "13 answers, 0 of them new" in capsys.readouterr().err
+    sampled = [*asked[:5], str(tmp_path / "whole.jsonl"), "--temperature", "2", "--seed", "3"]
+    assert generate.main(sampled) == 1
+    whole = answers_of(tmp_path / "whole.jsonl")
+    half = tmp_path / "half.jsonl"
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    half.write_text("".join(lines[1::2]) + lines[0][:30])  # a writer that was killed
+    assert generate.main([*sampled[:5], str(half), *sampled[6:], "--num-rows", "2"]) == 1
+    assert answers_of(half) == whole and len(rows_of(half)) == 13
+    capsys.readouterr()
+    assert generate.main([*sampled[:5], str(half), "--temperature", "2", "--seed", "4"]) == 1
+    assert "give the same settings to go on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--questions", "/nowhere.jsonl", "--out", "o"], "does not exist"),
+        (["--questions", "q"], "needs --out"),
+        (["--questions", "q", "--out", "o", "--stream"], "--stream have no effect"),
+        (["--questions", "q", "--out", "o", "--image", "i"], "--image and"),
+    ],
+)
+@pytest.mark.usefixtures("loaded")
+def test_a_mistake_about_files_is_one_line(capsys, arguments, message):
+    assert generate.main(["--workdir", "runs/sft", *arguments]) == 1
+    said = capsys.readouterr()
+    assert message in said.err and said.err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -125,6 +223,11 @@ def test_settings_of_the_command_line_go_before_those_of_the_run(picture, capsys
         (["--question", "how many zebras ?"], "does not know 'zebras'"),
         (["--question", " "], "question is empty"),
         (["--top-p", "0.5"], "no effect at temperature=0"),
+        (["--top-k", "3"], "no effect at temperature=0"),
+        (["--repetition-penalty", "0"], r"repetition_penalty=0\.0"),
+        (["--stop", ""], "empty"),
+        (["--out", "x"], "--out has no effect with --question"),
+        (["--num-rows", "0"], "--num-rows 0"),
         (["--temperature", "-1"], r"temperature=-1\.0"),
         (["--max-new-tokens", "40"], "max_positions=40"),
         (["--template", "phi"], "--template has no effect with --workdir"),
@@ -175,7 +278,7 @@ def test_the_template_of_every_golden_checkpoint_follows_from_its_family(goldens
     assert folders
     for folder in folders:
         args = generate._parser().parse_args([*of_checkpoint(goldens, folder), "--question", "?"])
-        source = generate._checkpoint(args)
+        source = arguments.source_of(args)
         assert source.config.data.template == folder.parent.name.partition("_")[0].replace("phi2", "phi")
         assert source.transform.size == source.config.model.vision.image_size
 

@@ -35,10 +35,13 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"models", "losses", "data", "hf", "cost", "quant", "assets"},
     "ready": {"training", "models", "hf", "data"},
     "planning": {"training", "models", "quant", "cost", "collectives", "traffic"},
-    "decoding": {"models"},
+    "decoding": {"models", "nn", "quant"},
     "evaluation": {"decoding", "data"},
-    "preferences": {"evaluation", "decoding", "data", "ready"},
     "reporting": {"evaluation", "training", "models", "hf", "data"},
+    "origins": set(),
+    "preferences": {"evaluation", "decoding", "data", "ready", "origins"},
+    "serving": {"decoding", "data", "ready", "origins"},
+    "arguments": {"decoding", "ready"},
     "chain": {"config", "validation"},
     "command_line": {"config", "validation", "chain"},
     "assets": set(),
@@ -48,10 +51,10 @@ OPEN = {"config", "tree", "batch", "sharding", "validation", "distributed"}
 CLOSED = {
     *("config", "tree", "batch", "hlo", "collectives", "traffic", "rendezvous", "distributed", "limits"),
     "validation",
-    *("sharding", "cost", "losses", "data", "command_line", "chain", "assets"),
+    *("sharding", "cost", "losses", "data", "command_line", "chain", "assets", "origins"),
 }
 # Command lines may import anything, and nobody imports them.
-COMMAND_LINES = {"train", "generate", "convert", "merge", "plan", "report"}
+COMMAND_LINES = {"train", "generate", "chat", "serve", "convert", "merge", "plan", "evaluate", "report"}
 
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 PYTHON_FILES = sorted(
@@ -144,6 +147,16 @@ def test_one_module_imports_transformers():
     imported = re.compile(r"^\s*(import|from) transformers\b", re.MULTILINE)
     owners = [str(module) for module in MODULES if imported.search((ROOT / module).read_text())]
     assert owners == ["moe_vlm_jax/data/fast_tokenizers.py"], "make tokenizers there: its import is quiet and late"
+
+
+def test_the_server_alone_needs_its_http_library():
+    """Asking a model, also from the terminal or with a file of questions, works without the extra 'serve'."""
+    found = {}
+    for module in MODULES:
+        imported = re.findall(r"^(?:import|from) (?:aiohttp|moe_vlm_jax\.serving import .*(?:service|running))\b",
+                              (ROOT / module).read_text(), re.MULTILINE)  # fmt: skip
+        found |= {str(module): len(imported)} if imported else {}
+    assert set(found) == {"moe_vlm_jax/serving/service.py", "moe_vlm_jax/serving/running.py"}
 
 
 def test_only_training_joins_a_cluster():

@@ -224,6 +224,7 @@ def test_every_number_has_a_range_and_every_word_a_choice_or_a_meaning():
         ),
         *("optimizer.rates", "optimizer.no_decay"),
         *("preference.reference", "preference.precomputed", "preference.pairs"),
+        "generation.stop",
         *("training.base", "training.base_vision", "training.base_projector", "training.adapter"),
     }
     ranges = {

@@ -43,17 +43,18 @@ class BadSamples:
     """
 
     policy: str
+    setting: str = "data.on_bad_sample"  # the field of the config that says so, for messages
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     first: dict[str, str] = dataclasses.field(default_factory=dict)  # the first message of each kind
 
     def __post_init__(self):
         if self.policy not in POLICIES:
-            raise ValueError(f"data.on_bad_sample={self.policy!r} is not one of {POLICIES}; use one of them.")
+            raise ValueError(f"{self.setting}={self.policy!r} is not one of {POLICIES}; use one of them.")
 
     def handle(self, error: SampleError) -> None:
         """Raises the error, or counts it when the policy is 'drop'."""
         if self.policy == "error":
-            remedy = f"{error.fault} (data.on_bad_sample='drop' leaves such samples out and counts them.)"
+            remedy = f"{error.fault} ({self.setting}='drop' leaves such samples out and counts them.)"
             raise SampleError(error.sample_id, error.kind, remedy) from error
         self.counts[error.kind] += 1
         self.first.setdefault(error.kind, str(error))

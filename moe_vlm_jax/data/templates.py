@@ -53,6 +53,8 @@ class Template:
       mask: 'two' and 'llama_2' only: how rounds are counted.
       wraps_image: every mark of a turn that starts with one is written <Image><image></Image>.
       ends_with_eos: sep2 is the tokenizer's end-of-sequence token (see `with_eos`).
+      system_marks: what stands before and after the text of a system turn, inside of `system`; None: the template has
+        no place for such a text.
     """
 
     name: str
@@ -66,6 +68,13 @@ class Template:
     mask: RoundMask | None = None
     wraps_image: bool = False
     ends_with_eos: bool = False
+    system_marks: tuple[str, str] | None = ("", "")
+
+    def with_system(self, text: str) -> "Template":
+        """Returns the template with another text of the system than the one that it was made with."""
+        if self.system_marks is None:
+            raise ValueError(f"data.template={self.name!r} has no place for a system text; leave that out.")
+        return dataclasses.replace(self, system=self.system_marks[0] + text + self.system_marks[1])
 
     def with_eos(self, eos_token: str | None) -> "Template":
         """Returns the template with the tokenizer's end-of-sequence token in place, where it asks for one."""
@@ -261,11 +270,12 @@ _ALL = (
         human="<|im_start|>user\n",
         gpt="<|im_start|>assistant\n",
         sep="<|im_end|>",
+        system_marks=("<|im_start|>system\n", ""),
     ),
-    Template(name="plain", style="plain", sep="\n"),
-    Template(name="v0_plain", style="plain", sep="\n"),
+    Template(name="plain", style="plain", sep="\n", system_marks=None),
+    Template(name="v0_plain", style="plain", sep="\n", system_marks=None),
     # For models trained here from nothing: no system text; a word-level tokenizer ignores the space.
-    Template(name="plain_qa", style="segments", gpt=" ", gap=" ", ends_with_eos=True),
+    Template(name="plain_qa", style="segments", gpt=" ", gap=" ", ends_with_eos=True, system_marks=None),
     Template(
         name="chatml",
         style="segments",
@@ -274,6 +284,7 @@ _ALL = (
         sep="<|im_end|>\n<|im_start|>assistant\n",
         sep2="<|im_end|>",
         gap="\n",
+        system_marks=("<|im_start|>system\n", "<|im_end|>\n"),
     ),
     Template(
         name="llama_3",
@@ -281,6 +292,7 @@ _ALL = (
         human="<|start_header_id|>user<|end_header_id|>\n\n",
         sep="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         sep2="<|eot_id|>",
+        system_marks=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
     ),
 )
 _TEMPLATES = {template.name: template for template in _ALL}

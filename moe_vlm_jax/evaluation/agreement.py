@@ -14,6 +14,7 @@ from moe_vlm_jax.data import images as images_lib
 from moe_vlm_jax.data import records as records_lib
 from moe_vlm_jax.data import tokenize
 from moe_vlm_jax.decoding import generate
+from moe_vlm_jax.decoding import prompts as prompts_lib
 
 
 class Difference(NamedTuple):
@@ -122,14 +123,14 @@ def prompt_batches(
     prompts = []
     for record in records:
         tokens = tokenize.encode_prompt(record, tokenizer, data.template, answer_prompt=data.answer_prompt)
-        prompts.append(generate.Prompt(tokens, tuple(transform(image) for image in record.images)))
-    length = max(generate.expanded_length(prompt.tokens, vision.num_tokens) for prompt in prompts)
-    generate.check_length(length, 0, config.model)
+        prompts.append(prompts_lib.Prompt(tokens, tuple(transform(image) for image in record.images)))
+    length = max(prompts_lib.expanded_length(prompt.tokens, vision.num_tokens) for prompt in prompts)
+    prompts_lib.check_length(length, 0, config.model)
     rows = min(config.evaluation.batch_size, len(prompts))
     groups = [prompts[i : i + rows] for i in range(0, len(prompts), rows)]
     room = max(sum(len(prompt.images) for prompt in group) for group in groups)
     return [
-        generate.prompt_batch(
+        prompts_lib.prompt_batch(
             group, tokens_per_image=vision.num_tokens, row_length=length, num_images=room, image_size=vision.image_size
         )
         for group in groups

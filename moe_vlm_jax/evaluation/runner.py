@@ -15,11 +15,15 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
+from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.data import bad_samples, tokenize
 from moe_vlm_jax.data import images as images_lib
 from moe_vlm_jax.data import records as records_lib
+from moe_vlm_jax.decoding import batching
 from moe_vlm_jax.decoding import generate as generate_lib
+from moe_vlm_jax.decoding import prompts as prompts_lib
+from moe_vlm_jax.decoding import text as text_lib
 from moe_vlm_jax.evaluation import blind, scorers
 
 Record = records_lib.Record
@@ -56,15 +60,6 @@ class Questions:
     records: list[Record]
     prompts: list[np.ndarray]
     skipped: Mapping[str, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Bucket:
-    """Questions that run under one static shape: their indices batch by batch, row length and image room."""
-
-    batches: list[list[int]]
-    row_length: int
-    num_images: int
 
 
 def prepare_questions(
@@ -197,11 +192,15 @@ def answer_prompts(
       tokenizer: turns ids into text.
       transform: of the model's vision tower.
     """
-    per_image = config.model.vision.num_tokens
-    lengths = [generate_lib.expanded_length(tokens, per_image) for tokens in prompts]
-    buckets = _plan(lengths, images, config.evaluation.batch_size)
+    vision = config.model.vision
+    plan = batching.plan(prompts, images, tokens_per_image=vision.num_tokens, batch_size=config.evaluation.batch_size)
+    logging.info(
+        "prompts: %d tokens, of which %d are computed; the others' images are shared within a batch",
+        plan.prompt_tokens,
+        plan.computed_tokens,
+    )
     # Room for the images of two batches: one image must stay one object within a batch.
-    load = functools.lru_cache(maxsize=2 * max(bucket.num_images for bucket in buckets))(transform)
+    load = functools.lru_cache(maxsize=2 * max(bucket.num_images for bucket in plan.buckets))(transform)
     end_tokens = tokenize.end_tokens(tokenizer, config.data.template)
     answers: dict[int, tuple[str, bool]] = {}
     progress = _Progress(len(prompts))
@@ -209,20 +208,16 @@ def answer_prompts(
     def collect(indices: list[int], out: generate_lib.Generated) -> None:
         tokens, length, stopped = (np.asarray(array) for array in out)
         for row, index in enumerate(indices):
-            ids = tokens[row, : length[row]].tolist()
-            answers[index] = (tokenizer.decode(ids, skip_special_tokens=True).strip(), bool(stopped[row]))
+            said = text_lib.AnswerStream(tokenizer, config.generation.stop)
+            answer = said.push(tokens[row, : length[row]].tolist()) + said.flush()
+            answers[index] = (answer, bool(stopped[row]) or said.finished)
         progress.report(len(answers))
 
     running = None  # the batch on the device while the host prepares the next one
-    for bucket in buckets:
+    for bucket in plan.buckets:
         for indices in bucket.batches:
-            batch = generate_lib.prompt_batch(
-                [generate_lib.Prompt(prompts[i], tuple(load(image) for image in images[i])) for i in indices],
-                tokens_per_image=per_image,
-                row_length=bucket.row_length,
-                num_images=bucket.num_images,
-                image_size=config.model.vision.image_size,
-            )
+            chosen = [prompts_lib.Prompt(prompts[i], tuple(load(image) for image in images[i])) for i in indices]
+            batch, prefixes = _rows(chosen, bucket, vision)
             out = generate_lib.generate(
                 graphdef,
                 params,
@@ -231,6 +226,7 @@ def answer_prompts(
                 generation=config.generation,
                 end_tokens=end_tokens,
                 row_ids=indices,
+                prefixes=prefixes,
             )
             if running is not None:
                 collect(*running)
@@ -240,34 +236,21 @@ def answer_prompts(
     return [answers[i] for i in range(len(prompts))]
 
 
-def _plan(lengths: Sequence[int], images: Sequence[tuple], batch_size: int) -> list[_Bucket]:
-    """Returns few buckets of full batches that hold every question once (the last batch repeats its last question).
-
-    Row lengths are multiples of a quarter of the power of two below them, so at most a fifth of a row is padding;
-    what does not fill a batch moves up to the next longer bucket.
-    """
-    by_length = collections.defaultdict(list)
-    for i, length in enumerate(lengths):
-        by_length[_round_up(length)].append(i)
-    batch_size = min(batch_size, len(lengths))
-    buckets, left = [], []
-    for row_length in sorted(by_length):
-        members = sorted(left + by_length[row_length])
-        full = len(members) // batch_size * batch_size
-        if row_length == max(by_length):
-            members += [members[-1]] * (-len(members) % batch_size)
-            full = len(members)
-        batches = [members[at : at + batch_size] for at in range(0, full, batch_size)]
-        left = members[full:]
-        if batches:
-            room = max(len({image for i in batch for image in images[i]}) for batch in batches)
-            buckets.append(_Bucket(batches=batches, row_length=row_length, num_images=room))
-    return buckets
-
-
-def _round_up(length: int) -> int:
-    unit = max(8, (1 << (length - 1).bit_length()) // 8)
-    return -(-length // unit) * unit
+def _rows(
+    chosen: Sequence[prompts_lib.Prompt], bucket: batching.Bucket, vision: config_lib.VisionConfig
+) -> tuple[batch_lib.Batch, generate_lib.Prefixes | None]:
+    """Returns the rows of a batch, and what stands in front of them where the bucket splits prompts."""
+    make = functools.partial(prompts_lib.prompt_batch, tokens_per_image=vision.num_tokens, image_size=vision.image_size)
+    if not bucket.num_prefixes:
+        return make(chosen, row_length=bucket.row_length, num_images=bucket.num_images), None
+    split = prompts_lib.split(chosen)
+    nothing = prompts_lib.Prompt(np.zeros(0, np.int32))
+    fronts = [*split.prefixes, *[nothing] * (bucket.num_prefixes - len(split.prefixes))]
+    lengths = [prompts_lib.expanded_length(front.tokens, vision.num_tokens) for front in fronts]
+    first = [lengths[i] for i in split.prefix_of]
+    batch = make(split.suffixes, row_length=bucket.row_length, num_images=0, first_positions=first)
+    front = make(fronts, row_length=bucket.prefix_length, num_images=bucket.num_images)
+    return batch, generate_lib.Prefixes(front, split.prefix_of)
 
 
 class _Progress:

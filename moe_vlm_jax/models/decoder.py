@@ -42,7 +42,7 @@ class Reference(NamedTuple):
 
 class DecoderOutput(NamedTuple):
     """hidden float[B, T, D] after the final norm; router: one RouterOutput per MoE layer, in layer order;
-    caches: per group, per block of the unit, a LayerCache with a leading axis R;
+    caches: per group, per block of the unit, a LayerCache with a leading axis R, if that is more than 1;
     blocks: output of every block, float[B, T, D] each, when asked for;
     reference: float[B, T, D] of the second stream, before the final norm, where there is one."""
 
@@ -302,7 +302,24 @@ class Decoder(nnx.Module):
         xs = (state, other_state, keys, noise, caches)
         makes_weights = sharding.gathers(self.mesh) or streams[1] is not None
         body = vision.rematerialise(body, self.config.remat, makes_weights=makes_weights)
+        if jax.tree.leaves(state)[0].shape[0] == 1:
+            return _run_once(body, streams, xs)
         return jax.lax.scan(body, streams, xs, unroll=self.config.scan_unroll)
+
+
+def _run_once(body, streams, xs):
+    """What a scan of the body over one layer returns, but for caches, which have no leading axis R here.
+
+    With one, XLA writes a step's keys twice, into what is attended to and into what is handed on, and keeps them apart
+    by copies of the whole cache.
+    """
+    *rest, caches = xs
+    streams, outputs = body(streams, (*jax.tree.map(lambda a: a.reshape(a.shape[1:]), rest), caches))
+
+    def stacked(values):
+        return jax.tree.map(lambda a: a[None], values)
+
+    return streams, tuple((stacked(routed), cache, stacked(block)) for routed, cache, block in outputs)
 
 
 def replaced(module: Any, params: nnx.State | None) -> Any:

@@ -37,7 +37,8 @@ class KVCache(NamedTuple):
       layers: DecoderOutput.caches.
       tree, branch: int32[B, S].
       valid: bool[B, S].
-      slot: int32[] next slot to write, the same in all rows; uneven prompts leave invalid slots between.
+      slot: int32[] next slot to write, the same in all rows; uneven prompts leave invalid slots between. Behind the
+        last slot comes the first one again: what stands there is lost.
       position: int32[B] rotary position of each row's next token.
       row_tree, row_branch: int32[B] of each row's last token, inherited by new ones.
     """
@@ -162,47 +163,71 @@ class VLM(nnx.Module):
         length = batch.tokens.shape[1]
         if cache_length < length:
             raise ValueError(f"cache_length={cache_length} is shorter than the prompts ({length}); enlarge it.")
-        out, _ = self._run(batch, train=False, step=0, rng=None, noise=None, collect_blocks=False)
-
-        def grow(a: jax.Array, axis: int) -> jax.Array:
-            pads = [(0, 0)] * a.ndim
-            pads[axis] = (0, cache_length - length)
-            return jnp.pad(a, pads)
-
-        last = jnp.argmax(jnp.where(batch.valid, jnp.arange(length), -1), axis=1)
-
-        def at_last(a: jax.Array) -> jax.Array:
-            return jnp.take_along_axis(a, last[:, None], axis=1)[:, 0]
-
+        out, layers = self._run(batch, train=False, step=0, rng=None, noise=None, collect_blocks=False)
         cache = KVCache(
-            layers=jax.tree.map(lambda a: grow(a, 2), out.caches),  # [R, B, S, K, H]
-            tree=grow(batch.tree, 1),
-            branch=grow(batch.branch, 1),
-            valid=grow(batch.valid, 1),
-            slot=jnp.asarray(length, jnp.int32),
-            position=at_last(batch.position) + 1,
-            row_tree=at_last(batch.tree),
-            row_branch=at_last(batch.branch),
+            layers=layers,
+            tree=batch.tree,
+            branch=batch.branch,
+            valid=batch.valid,
+            slot=jnp.asarray(length % cache_length, jnp.int32),
+            position=_at_last(batch.position, batch.valid) + 1,
+            row_tree=_at_last(batch.tree, batch.valid),
+            row_branch=_at_last(batch.branch, batch.valid),
         )
-        return out.hidden, cache
+        return out.hidden, grown(cache, cache_length)
 
-    def decode_step(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def extend(self, batch: batch_lib.Batch, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Goes on with prompts whose beginnings are in a cache, from the same tokens and images or others' rows.
+
+        Args:
+          batch: the rest of each row's prompt, at least one token, padded on either side; its positions go on from
+            the cache's.
+          cache: with T free slots, none of them behind its end.
+
+        Returns:
+          hidden float[B, T, D] and the cache with the tokens in it.
+        """
+        length = batch.tokens.shape[1]
+
+        def written(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, cache.slot, axis=1)
+
+        cache = cache._replace(
+            tree=written(cache.tree, batch.tree),
+            branch=written(cache.branch, batch.branch),
+            valid=written(cache.valid, batch.valid),
+        )
+        out, layers = self._run(batch, train=False, step=0, rng=None, noise=None, collect_blocks=False, cache=cache)
+        return out.hidden, cache._replace(
+            layers=layers,
+            slot=(cache.slot + length) % cache.tree.shape[1],
+            position=_at_last(batch.position, batch.valid) + 1,
+            row_tree=_at_last(batch.tree, batch.valid),
+            row_branch=_at_last(batch.branch, batch.valid),
+        )
+
+    def decode_step(
+        self, tokens: jax.Array, cache: KVCache, *, active: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
         """Runs one more token of each row.
 
         Args:
           tokens: int32[B, 1].
-          cache: of `prefill` or an earlier step; it must have a free slot.
+          cache: of `prefill`, `extend` or an earlier step. The slot that is written must be free in every active row.
+          active: bool[B] rows that go on, of which alone the result means anything; None: all. Experts that only the
+            others would choose are not computed.
 
         Returns:
           hidden float[B, 1, D] and the cache with the token in it.
         """
-        column = jnp.arange(cache.tree.shape[1]) == cache.slot
+        length = cache.tree.shape[1]
+        column = jnp.arange(length) == cache.slot
         cache = cache._replace(
             tree=jnp.where(column, cache.row_tree[:, None], cache.tree),
             branch=jnp.where(column, cache.row_branch[:, None], cache.branch),
             valid=cache.valid | column,
         )
-        ones = jnp.ones_like(tokens, dtype=bool)
+        valid = jnp.ones_like(tokens, dtype=bool) if active is None else active[:, None]
         row = batch_lib.Batch(
             tokens=tokens,
             image_slot=jnp.full_like(tokens, -1),
@@ -211,10 +236,10 @@ class VLM(nnx.Module):
             position=cache.position[:, None],
             tree=cache.row_tree[:, None],
             branch=cache.row_branch[:, None],
-            valid=ones,
+            valid=valid,
         )
         out, layers = self._run(row, train=False, step=0, rng=None, noise=None, collect_blocks=False, cache=cache)
-        return out.hidden, cache._replace(layers=layers, slot=cache.slot + 1, position=cache.position + 1)
+        return out.hidden, cache._replace(layers=layers, slot=(cache.slot + 1) % length, position=cache.position + 1)
 
     def _run(
         self, batch, *, train, step, rng, noise, collect_blocks, cache: KVCache | None = None, reference=None
@@ -222,7 +247,11 @@ class VLM(nnx.Module):
         dropout_key, noise_key = dropout.split(rng, 2)
         image_key, decoder_key = dropout.split(dropout_key if train else None, 2)
         keys = batch if cache is None else cache
-        slots = jnp.arange(batch.tokens.shape[1]) + (0 if cache is None else cache.slot)
+        length = batch.tokens.shape[1]
+        if cache is not None and length == 1:  # all valid slots are earlier, wherever in the cache they lie
+            slots = jnp.full((1,), keys.tree.shape[1])
+        else:
+            slots = jnp.arange(length) + (0 if cache is None else cache.slot)
         mask = attention.tree_mask(
             (batch.tree, batch.branch),
             (keys.tree, keys.branch, keys.valid),
@@ -277,6 +306,28 @@ class VLM(nnx.Module):
         experts = [e for e in self.config.layer_experts if e]
         keys = jax.random.split(key, len(experts))
         return tuple(draw(k, (num_tokens, e), jnp.float32) for k, e in zip(keys, experts, strict=True))
+
+
+def grown(cache: KVCache, length: int) -> KVCache:
+    """Returns a cache with empty slots behind its own, `length` in all; the slot that is next stays the same."""
+
+    def grow(a: jax.Array, axis: int) -> jax.Array:
+        pads = [(0, 0)] * a.ndim
+        pads[axis] = (0, length - a.shape[axis])
+        return jnp.pad(a, pads)
+
+    return cache._replace(
+        layers=jax.tree.map(lambda a: grow(a, a.ndim - 2), cache.layers),  # [(R,) B, K, S, H]
+        tree=grow(cache.tree, 1),
+        branch=grow(cache.branch, 1),
+        valid=grow(cache.valid, 1),
+    )
+
+
+def _at_last(values: jax.Array, valid: jax.Array) -> jax.Array:
+    """Returns values [B, T] at the last valid slot of each row, [B]."""
+    last = jnp.argmax(jnp.where(valid, jnp.arange(valid.shape[1]), -1), axis=1)
+    return jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]
 
 
 def gather_shared(model: VLM) -> VLM:

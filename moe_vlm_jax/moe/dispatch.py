@@ -5,6 +5,7 @@ All read the same RouterOutput and return float[M, D] plus the number of assignm
     dense      every expert on every token, weighted; E / k times the work; what the others are tested against
     capacity   C slots an expert, later tokens dropped: GShard's top-2 as DeepSpeed 0.9.5 computes it
     dropless   tokens sorted by expert, grouped matmul; exactly k experts' work a token
+               (few tokens: each expert that somebody chose, on all of them)
 """
 
 import math
@@ -43,15 +44,18 @@ def dropless(
       x: float[M, D] tokens.
       routed: choices; tokens with weight 0 everywhere take no row, nor does a choice of expert E, which is elsewhere.
       experts: the layer's experts.
-      grouped_matmul: 'ragged' or 'blocks'; 'auto' takes ragged on TPU, the one backend with a kernel for it.
+      grouped_matmul: 'ragged', 'blocks' or 'experts' (`one_by_one`); 'auto' takes ragged on TPU, the one backend with a
+        kernel for it, and elsewhere experts where blocks would be as many rows.
       block_rows: rows of a block; at most (E - 1) blocks are padding.
       mostly_empty: whether many choices go elsewhere, so that skipping blocks without a row pays.
     """
     tokens, top_k = routed.index.shape
     num_experts = routed.probs.shape[-1]
     if grouped_matmul == "auto":
-        grouped_matmul = "ragged" if jax.default_backend() == "tpu" else "blocks"
-    block = 1 if grouped_matmul == "ragged" else min(block_rows, -(-tokens * top_k // 8) * 8)
+        grouped_matmul = _fitting(tokens, top_k, num_experts, block_rows)
+    if grouped_matmul == "experts":
+        return one_by_one(x, routed, experts)
+    block, num_rows = _block_rows(tokens, top_k, num_experts, 1 if grouped_matmul == "ragged" else block_rows)
     active = jnp.any(routed.weight > 0, axis=-1, keepdims=True)
     expert = jnp.where(active, routed.index, num_experts).reshape(-1)  # [M * k]; E: goes nowhere
     chosen = jax.nn.one_hot(expert, num_experts, dtype=jnp.int32)  # [M * k, E]
@@ -59,8 +63,6 @@ def dropless(
     sizes = chosen.sum(axis=0)
     padded = -(-sizes // block) * block
     ends = jnp.cumsum(padded)
-    most = min(top_k, num_experts)  # a token's choices differ, so no more of them are here
-    num_rows = (tokens * most + num_experts * (block - 1)) // block * block
     start = jnp.sum(chosen * (ends - padded), axis=-1)
     row_of_pair = jnp.where(expert < num_experts, start + rank, num_rows).astype(jnp.int32)
     row_of_token = row_of_pair.reshape(tokens, top_k)
@@ -76,6 +78,43 @@ def dropless(
     rows = permute.rows_from_tokens(x, pair_of_row // top_k, row_of_token)
     outputs = permute.tokens_from_rows(experts(rows, layout), row_of_token, pair_of_row)  # [M, k, D]
     return jnp.einsum("Mk,MkD->MD", routed.weight.astype(x.dtype), outputs)
+
+
+def _fitting(tokens: int, top_k: int, num_experts: int, block_rows: int) -> str:
+    """Returns the grouped matmul that fits this backend and number of tokens."""
+    if jax.default_backend() == "tpu":
+        return "ragged"
+    _, num_rows = _block_rows(tokens, top_k, num_experts, block_rows)
+    return "experts" if tokens * num_experts <= num_rows else "blocks"
+
+
+def _block_rows(tokens: int, top_k: int, num_experts: int, block_rows: int) -> tuple[int, int]:
+    """Returns the rows of a block, and of all blocks whoever is chosen."""
+    block = min(block_rows, -(-tokens * top_k // 8) * 8)
+    most = min(top_k, num_experts)  # a token's choices differ, so no more of them are here
+    return block, (tokens * most + num_experts * (block - 1)) // block * block
+
+
+def one_by_one(x: jax.Array, routed: router_lib.RouterOutput, experts: Experts) -> jax.Array:
+    """Returns the same as dense, float[M, D]: one expert after the other on all tokens, if anybody chose it.
+
+    What a step of decoding wants: its time is that of reading the experts' parameters, and those of the others are
+    not read.
+
+    Args:
+      x: float[M, D] tokens, few.
+      routed: choices.
+      experts: the layer's experts, in a stack or apart (`nn.stored`).
+    """
+    total = jnp.zeros_like(x)
+    for e in range(routed.probs.shape[-1]):
+        weight = jnp.sum(jnp.where(routed.index == e, routed.weight, 0.0), axis=-1, keepdims=True).astype(x.dtype)
+
+        def added(total: jax.Array, e: int = e, weight: jax.Array = weight) -> jax.Array:
+            return total + weight * experts(x, layouts.OneExpert(e))
+
+        total = jax.lax.cond(jnp.any(weight > 0), added, lambda total: total, total)
+    return total
 
 
 class SlotPlan(NamedTuple):

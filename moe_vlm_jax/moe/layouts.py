@@ -1,22 +1,29 @@
 """How rows of tokens are arranged over experts, and the matmul that fits each arrangement.
 
 An expert layer is written once (moe/experts.py) and runs under any layout; a layout offers
-`matmul(rows, kernel [E, in, out])` and `add_bias(rows, bias [E, out])`.
+`select(stack [E, ...])`, the part of the experts' parameters that it reads, and `matmul(rows, kernel)` and
+`add_bias(rows, bias)` with what was selected.
 
     EveryExpert   rows float[M, D] in, float[E, M, F] after: each expert sees every token (the oracle)
+    OneExpert     rows float[M, D]: a single expert computes all of them
     Slots         rows float[E, C, D]: each expert has C slots
     Blocks        rows float[n * b, D]: blocks of b rows, one expert a block, sorted by expert
     Ragged        rows float[R, D]: sorted by expert, group_sizes[e] rows each
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from moe_vlm_jax.nn import stored
+
 
 class EveryExpert(NamedTuple):
     """Every expert computes every token."""
+
+    def select(self, stack: Any) -> Any:
+        return stored.together(stack)
 
     def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
         letters = "MD,EDF->EMF" if rows.ndim == 2 else "EMD,EDF->EMF"
@@ -26,8 +33,26 @@ class EveryExpert(NamedTuple):
         return rows + bias[:, None, :]
 
 
+class OneExpert(NamedTuple):
+    """One expert computes all rows; nothing of the others is read if they lie apart (`nn.stored`)."""
+
+    expert: int
+
+    def select(self, stack: Any) -> Any:
+        return stored.one(stack, self.expert)
+
+    def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.dot(rows, kernel)
+
+    def add_bias(self, rows: jax.Array, bias: jax.Array) -> jax.Array:
+        return rows + bias
+
+
 class Slots(NamedTuple):
     """Each expert computes its C slots, filled or not."""
+
+    def select(self, stack: Any) -> Any:
+        return stored.together(stack)
 
     def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.einsum("ECD,EDF->ECF", rows, kernel)
@@ -47,6 +72,9 @@ class Blocks(NamedTuple):
     expert_of_block: jax.Array
     used: jax.Array | None = None
 
+    def select(self, stack: Any) -> Any:
+        return stored.together(stack)
+
     def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
         return block_matmul(rows, kernel, self.expert_of_block, self.used)
 
@@ -61,6 +89,9 @@ class Ragged(NamedTuple):
     """Sorted rows with int32[E] group sizes, for backends with a native grouped matmul (TPU)."""
 
     group_sizes: jax.Array
+
+    def select(self, stack: Any) -> Any:
+        return stored.together(stack)
 
     def matmul(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.ragged_dot(rows, kernel, self.group_sizes)

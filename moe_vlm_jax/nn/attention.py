@@ -16,7 +16,10 @@ _MASKED = -1e30  # finite: a query that sees nothing gets uniform weights, not N
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, float[B, S, K, H] each, keys already rotated."""
+    """Keys and values of one layer, float[B, K, S, H] each, keys already rotated.
+
+    Heads come before slots, as the products want them: a step of decoding would otherwise turn the whole cache around.
+    """
 
     key: jax.Array
     value: jax.Array
@@ -75,10 +78,11 @@ class Attention(nnx.Module):
         q, k, v = (self._heads(projection(x, key=own)) for projection, own in projections)
         if rotary is not None:
             q, k = rotary_lib.rotate(q, rotary), rotary_lib.rotate(k, rotary)
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, T, H]
         if cache is not None:
             assert slot is not None, "a cache is written at a slot"
-            k = jax.lax.dynamic_update_slice_in_dim(cache.key, k.astype(cache.key.dtype), slot, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.value, v.astype(cache.value.dtype), slot, axis=1)
+            k = jax.lax.dynamic_update_slice_in_dim(cache.key, k.astype(cache.key.dtype), slot, axis=2)
+            v = jax.lax.dynamic_update_slice_in_dim(cache.value, v.astype(cache.value.dtype), slot, axis=2)
         y = attend(q, k, v, mask, causal=mask is not None and cache is None)
         return self.o(y.reshape(*x.shape[:-1], -1), key=output_key), LayerCache(k, v)
 
@@ -94,16 +98,15 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, *, 
 
     Args:
       q: float[B, T, N, H].
-      k: float[B, S, K, H], K divides N.
+      k: float[B, K, S, H], K divides N.
       v: as k.
       mask: bool[B, 1, T, S] or None.
       causal: S = T and the mask shows no query a later key.
     """
     length, num_heads, head_dim = q.shape[1:]
-    num_kv_heads = k.shape[2]
+    num_kv_heads = k.shape[1]
     # Query heads that share keys become further queries of that key head: [B, K, N / K, T, H].
     q = jnp.swapaxes(q, 1, 2).reshape(q.shape[0], num_kv_heads, num_heads // num_kv_heads, length, head_dim)
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     chunk = -(-length // _CAUSAL_CHUNKS) if causal and length >= _SHORTEST_CHUNKED else length
     parts = []
     for start in range(0, length, chunk):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_vlm_jax.nn import lora as lora_lib
+from moe_vlm_jax.nn import stored
 from moe_vlm_jax.quant import matmul
 
 
@@ -42,7 +43,11 @@ class Linear(nnx.Module):
         # Rows are flattened first: from [B, T, in] XLA:CPU makes the kernel's gradient with a transposed copy of the
         # cotangent and a matmul at half speed.
         rows = x.reshape(-1, x.shape[-1])
-        y = matmul.apply(product, rows, self.kernel.get_value())
+        kernel: Any = self.kernel.get_value()
+        if isinstance(kernel, stored.Transposed):
+            y = kernel.rows_times(rows, jnp.float32 if wide else rows.dtype)
+        else:
+            y = matmul.apply(product, rows, kernel)
         if self.lora is not None:
             y = y + lora_lib.update(jnp.matmul, rows, self.lora_a[...], self.lora_b[...], self.lora, key=key)
         y = y.reshape(*x.shape[:-1], y.shape[-1])
@@ -61,17 +66,22 @@ class ExpertLinear(nnx.Module):
         self.lora: lora_lib.Scaling | None = None
 
     def __call__(self, rows: jax.Array, layout, *, key: jax.Array | None = None) -> jax.Array:
-        """float[*rows, in] -> float[*rows, out]; layout.matmul and layout.add_bias pick each row's expert.
+        """float[*rows, in] -> float[*rows, out]; the layout picks each row's expert.
 
         Args:
           rows: as the layout arranges them.
           layout: of moe/layouts.py.
           key: for the adapter's dropout; None turns it off.
         """
-        y = matmul.apply(_layout_matmul, rows, self.kernel.get_value(), layout)
+        kernel = layout.select(self.kernel.get_value())
+        if isinstance(kernel, stored.Transposed):  # of a single expert, who takes all rows
+            y = kernel.rows_times(rows, rows.dtype)
+        else:
+            y = matmul.apply(_layout_matmul, rows, kernel, layout)
         if self.lora is not None:
-            y = y + lora_lib.update(layout.matmul, rows, self.lora_a[...], self.lora_b[...], self.lora, key=key)
-        return y if self.bias is None else layout.add_bias(y, self.bias[...].astype(rows.dtype))
+            lora_a, lora_b = (layout.select(factor[...]) for factor in (self.lora_a, self.lora_b))
+            y = y + lora_lib.update(layout.matmul, rows, lora_a, lora_b, self.lora, key=key)
+        return y if self.bias is None else layout.add_bias(y, layout.select(self.bias[...]).astype(rows.dtype))
 
 
 def _widened(rows: jax.Array, kernel: jax.Array) -> jax.Array:

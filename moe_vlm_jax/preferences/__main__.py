@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_vlm_jax import ready
+from moe_vlm_jax import origins, ready
 from moe_vlm_jax.data import bad_samples, pairs, sources
 from moe_vlm_jax.preferences import agreement as agreement_lib
 from moe_vlm_jax.preferences import annotate as annotate_lib
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(session: annotate_lib.Session, host: str, port: int) -> None:
     """Serves the page until SIGINT or SIGTERM, then says what was marked."""
     with server.Server(session, host, port) as served:
-        if not served.is_loopback():
+        if not served.guard.is_loopback():
             print(
                 f"warning: --host {host} lets everybody who reaches this machine see and mark the items",
                 file=sys.stderr,
@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--marks", required=True, help="file of marks to add to; made if there is none")
     command.add_argument("--annotator", required=True, help="your name: letters, digits and _ . @ -")
     command.add_argument("--terminal", action="store_true", help="no page: print items, read keys and Enter")
-    command.add_argument("--host", default=server.LOOPBACK, help="address to listen on (default: this machine only)")
+    command.add_argument("--host", default=origins.LOOPBACK, help="address to listen on (default: this machine only)")
     command.add_argument("--port", type=int, default=8765, help="0 takes a free one (default: %(default)s)")
 
     command = _command(commands, "collect", collect)

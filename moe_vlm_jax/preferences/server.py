@@ -6,31 +6,29 @@
     POST /mark        {"item", "choice", "seconds"}: the mark is on the disk before the answer, which is the next view
     POST /undo        {"item"}
 
-A foreign page must not make marks: requests must name this host (else a name could be made to point here: DNS
-rebinding), and posts must be JSON from this page.
+A foreign page must not make marks: requests must name this host and come from its page (origins.py), and posts must be
+JSON.
 """
 
 import http
 import http.server
 import importlib.resources
 import io
-import ipaddress
 import json
 import re
 import secrets
 import socket
 import sys
-import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
 from absl import logging
 from PIL import Image
 
+from moe_vlm_jax import origins
 from moe_vlm_jax.data import bad_samples, image_files, json_lines, messages
 from moe_vlm_jax.preferences import annotate
 
-LOOPBACK = "127.0.0.1"
 _MAX_BODY = 65_536
 _SHOWN_AS_IS = {"JPEG": "image/jpeg", "PNG": "image/png", "GIF": "image/gif", "WEBP": "image/webp", "BMP": "image/bmp"}
 _IMAGE_PATH = re.compile(r"/image/([0-9]{1,9})/([0-9]{1,9})")
@@ -46,14 +44,13 @@ class Server(http.server.ThreadingHTTPServer):
 
         Args:
           session: what is annotated.
-          host: address to bind; LOOPBACK unless others shall reach the page.
+          host: address to bind; origins.LOOPBACK unless others shall reach the page.
           port: 0 takes a free one.
 
         Raises:
           ValueError: the address cannot be had.
         """
         self.session = session
-        self._names = {"localhost", host.lower(), socket.gethostname().lower()} - {""}
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
@@ -61,6 +58,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise ValueError(
                 f"cannot listen on {host}, port {port} ({error}); give another --host or --port."
             ) from error
+        self.guard = origins.Guard(host, str(self.server_address[0]))
 
     def handle_error(self, request, client_address) -> None:
         """Passes over clients that went away; a page that is closed while an image loads is no fault."""
@@ -70,26 +68,7 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """Where the page is."""
-        host, port = self.server_address[:2]
-        return f"http://[{host}]:{port}/" if ":" in str(host) else f"http://{host}:{port}/"
-
-    def is_loopback(self) -> bool:
-        """Whether only this machine reaches the page."""
-        return ipaddress.ip_address(str(self.server_address[0])).is_loopback
-
-    def is_this_host(self, header: str) -> bool:
-        """Whether a Host header names this server; a name that a stranger could point here does not."""
-        try:
-            name = urllib.parse.urlsplit(f"//{header}").hostname or ""
-        except ValueError:
-            return False
-        if name in self._names:
-            return True
-        try:
-            address = ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return address.is_loopback or not self.is_loopback()
+        return origins.url_of(str(self.server_address[0]), self.server_address[1])
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -155,18 +134,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._send_view()
 
     def _allowed(self) -> bool:
-        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        if not self.server.is_this_host(host):
-            self._send_error(
-                http.HTTPStatus.MISDIRECTED_REQUEST, f"host {host!r} is not this one; open {self.server.url} instead."
-            )
-        elif origin is not None and origin.split("://", 1)[-1] != host:
-            self._send_error(http.HTTPStatus.FORBIDDEN, f"requests from {origin!r} are refused; use this page.")
-        elif self.path != "/" and self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
-            self._send_error(http.HTTPStatus.FORBIDDEN, "requests from other sites are refused; open the page itself.")
-        else:
-            return True
-        return False
+        refusal = self.server.guard.refusal(self.headers.get, self.path, self.server.url)
+        if refusal:
+            self._send_error(*refusal)
+        return refusal is None
 
     def _send_page(self) -> None:
         nonce = secrets.token_urlsafe(16)

@@ -170,6 +170,16 @@ def newest(workdir: str | os.PathLike, abstract: nnx.State, fingerprint: str) ->
     return found["trainable"]
 
 
+def newest_step(workdir: str | os.PathLike) -> int:
+    """Returns the step of a run's newest checkpoint by the names of its folders. ValueError: there is none."""
+    folder = pathlib.Path(workdir) / "checkpoints"
+    # A save that is not finished has a longer name.
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    if not steps:
+        raise ValueError(f"{str(workdir)!r} has no checkpoint yet; let the training run on, or start it again.")
+    return max(steps)
+
+
 def check_workdir(workdir: str | os.PathLike, config: config_lib.RunConfig) -> None:
     """Checks that a workdir is new or belongs to the same run.
 

@@ -20,6 +20,11 @@ def test_the_error_policy_raises_and_says_how_to_leave_samples_out():
         bad_samples.BadSamples("error").handle(ERROR)
 
 
+def test_a_command_with_another_name_for_the_setting_is_told_that_one():
+    with pytest.raises(bad_samples.SampleError, match=r"\(on_bad_sample='drop' leaves"):
+        bad_samples.BadSamples("error", "on_bad_sample").handle(ERROR)
+
+
 def test_the_drop_policy_counts_by_kind_and_reports_each(caplog):
     bad = bad_samples.BadSamples("drop")
     bad.handle(ERROR)

@@ -11,6 +11,7 @@ from flax import nnx
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.decoding import generate as generate_lib
+from moe_vlm_jax.decoding import prompts as prompts_lib
 from moe_vlm_jax.models import vlm
 
 IMAGE = batch_lib.IMAGE_TOKEN_INDEX
@@ -49,13 +50,13 @@ def model(config: config_lib.ModelConfig = CONFIG) -> tuple[nnx.GraphDef, nnx.St
 
 
 @functools.cache
-def prompts() -> list[generate_lib.Prompt]:
+def prompts() -> list[prompts_lib.Prompt]:
     """Text only; an image in front, in the middle; two images; the first image again. Lengths 3 to 15."""
     rng = np.random.default_rng(1)
     pictures = [rng.normal(size=(16, 16, 3)).astype(np.float32) for _ in range(3)]
 
     def prompt(*parts, images=()):
-        return generate_lib.Prompt(np.array(parts, np.int32), tuple(pictures[i] for i in images))
+        return prompts_lib.Prompt(np.array(parts, np.int32), tuple(pictures[i] for i in images))
 
     return [
         prompt(5, 9, 17),
@@ -66,8 +67,8 @@ def prompts() -> list[generate_lib.Prompt]:
     ]
 
 
-def batch_of(chosen: list[generate_lib.Prompt], side: str = "right", row_length: int = T) -> batch_lib.Batch:
-    return generate_lib.prompt_batch(
+def batch_of(chosen: list[prompts_lib.Prompt], side: str = "right", row_length: int = T) -> batch_lib.Batch:
+    return prompts_lib.prompt_batch(
         chosen, tokens_per_image=4, row_length=row_length, num_images=3, image_size=16, padding_side=side
     )
 
@@ -154,9 +155,9 @@ def test_the_loop_ends_when_every_row_has(monkeypatch):
     steps = []
     decode = vlm.VLM.decode_step
 
-    def counted(self, tokens, cache):
+    def counted(self, tokens, cache, *, active):
         jax.debug.callback(lambda: steps.append(1))
-        return decode(self, tokens, cache)
+        return decode(self, tokens, cache, active=active)
 
     monkeypatch.setattr(vlm.VLM, "decode_step", counted)
     pair = prompts()[:2]
@@ -208,29 +209,66 @@ def test_without_capacity_the_answer_does_not_depend_on_the_batch_whatever_the_t
     assert nnx.merge(graphdef, params).decoder.groups[0].blocks[0].moe.config == moe  # the original is untouched
 
 
+@pytest.mark.parametrize("generation", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_prompts_that_share_their_beginning_get_the_tokens_that_they_get_whole(generation, side):
+    first, second = prompts()[1], prompts()[3]
+    picture = first.images[0]
+    chosen = [
+        *prompts(),  # text alone has an empty beginning; the last one shares that of the second
+        prompts_lib.Prompt(np.array([IMAGE, 17, 4, 4, 20], np.int32), (picture,)),
+        prompts_lib.Prompt(np.array([3, IMAGE, 11, IMAGE, 9], np.int32), second.images),
+    ]
+    split = prompts_lib.split(chosen)
+    assert split.prefix_of.tolist() == [0, 1, 2, 3, 1, 1, 3]
+    shape = {"tokens_per_image": 4, "image_size": 16, "padding_side": side}
+    fronts = prompts_lib.prompt_batch(split.prefixes, row_length=11, num_images=3, **shape)
+    lengths = [prompts_lib.expanded_length(front.tokens, 4) for front in split.prefixes]
+    rest = prompts_lib.prompt_batch(
+        split.suffixes, row_length=8, num_images=0, first_positions=[lengths[i] for i in split.prefix_of], **shape
+    )
+    graphdef, params = model()
+    shared = generate_lib.generate(
+        graphdef,
+        params,
+        rest,
+        config=CONFIG,
+        generation=dataclasses.replace(generation, repetition_penalty=1.3),
+        end_tokens=(NEVER,),
+        prefixes=generate_lib.Prefixes(fronts, split.prefix_of),
+    )
+    whole = run(batch_of(chosen, side), dataclasses.replace(generation, repetition_penalty=1.3))
+    np.testing.assert_array_equal(shared.tokens, whole.tokens)
+
+
+def test_a_prompt_that_ends_with_its_image_cannot_be_split():
+    with pytest.raises(ValueError, match="prompt 1 ends with an image"):
+        prompts_lib.split([prompts()[0], prompts_lib.Prompt(np.array([4, IMAGE], np.int32), prompts()[1].images)])
+
+
 def test_image_marks_expand_to_slots_of_the_right_image():
     first, second = (np.zeros((16, 16, 3), np.float32) for _ in range(2))
-    prompt = generate_lib.Prompt(np.array([3, IMAGE, 7, IMAGE], np.int32), (first, second))
-    shared = generate_lib.Prompt(np.array([IMAGE, 9], np.int32), (second,))
-    batch = generate_lib.prompt_batch(
+    prompt = prompts_lib.Prompt(np.array([3, IMAGE, 7, IMAGE], np.int32), (first, second))
+    shared = prompts_lib.Prompt(np.array([IMAGE, 9], np.int32), (second,))
+    batch = prompts_lib.prompt_batch(
         [prompt, shared], tokens_per_image=2, row_length=8, num_images=2, image_size=16, padding_side="left"
     )
     assert batch.tokens.tolist() == [[0, 0, 3, 0, 0, 7, 0, 0], [0, 0, 0, 0, 0, 0, 0, 9]]
     assert batch.image_slot.tolist() == [[-1, -1, -1, 0, 1, -1, 2, 3], [-1, -1, -1, -1, -1, 2, 3, -1]]
     assert batch.position.tolist() == [[0, 0, 0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0, 1, 2]]
     assert batch.valid.sum(axis=1).tolist() == [6, 3]
-    assert generate_lib.expanded_length(prompt.tokens, 2) == 6
+    assert prompts_lib.expanded_length(prompt.tokens, 2) == 6
 
 
 def test_prompts_that_do_not_fit_are_refused_with_the_number_and_the_remedy():
-    long = generate_lib.Prompt(np.arange(1, T + 2, dtype=np.int32))
+    long = prompts_lib.Prompt(np.arange(1, T + 2, dtype=np.int32))
     with pytest.raises(ValueError, match=f"has {T + 1} tokens, the row has {T}"):
         batch_of([long])
     with pytest.raises(ValueError, match=f"prompt of {T + 1} tokens .* max_positions={T + NEW}"):
         run(batch_of([long], row_length=T + 1))
     with pytest.raises(ValueError, match="2 image marks and 1 images"):
-        batch_of([generate_lib.Prompt(np.array([IMAGE, IMAGE, 4]), prompts()[1].images)])
+        batch_of([prompts_lib.Prompt(np.array([IMAGE, IMAGE, 4]), prompts()[1].images)])
     with pytest.raises(ValueError, match="3 different images, the batch has room for 1"):
-        generate_lib.prompt_batch(prompts(), tokens_per_image=4, row_length=T, num_images=1, image_size=16)
+        prompts_lib.prompt_batch(prompts(), tokens_per_image=4, row_length=T, num_images=1, image_size=16)
     with pytest.raises(ValueError, match="row 0 of the prompts is empty"):
-        run(batch_of([generate_lib.Prompt(np.zeros(0, np.int32))]))
+        run(batch_of([prompts_lib.Prompt(np.zeros(0, np.int32))]))

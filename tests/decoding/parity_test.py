@@ -1,4 +1,4 @@
-"""Greedy tokens equal those of transformers' own generate, on a tiny random LLaVA with and without images."""
+"""Greedy tokens equal those of transformers' own generate, on tiny random checkpoints, with and without images."""
 
 import numpy as np
 import pytest
@@ -8,9 +8,11 @@ from flax import nnx
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.decoding import generate as generate_lib
+from moe_vlm_jax.decoding import prompts as prompts_lib
 from moe_vlm_jax.hf import configs, load
 from moe_vlm_jax.models import vlm
 from tests.hf import tiny
+from tests.models import hf_parity_test
 
 NEW = 7
 IMAGE = batch_lib.IMAGE_TOKEN_INDEX
@@ -55,9 +57,9 @@ def test_greedy_tokens_of_a_padded_batch_equal_those_of_transformers_one_by_one(
 
     end = expected[1][2]
     stopped = [transformers_tokens(model, t, p, end) for (t, _), p in zip(PROMPTS, pixels, strict=True)]
-    batch = generate_lib.prompt_batch(
+    batch = prompts_lib.prompt_batch(
         [
-            generate_lib.Prompt(np.array(tokens, np.int32), () if picture is None else (picture,))
+            prompts_lib.Prompt(np.array(tokens, np.int32), () if picture is None else (picture,))
             for (tokens, _), picture in zip(PROMPTS, pixels, strict=True)
         ],
         tokens_per_image=config.vision.num_tokens,
@@ -78,3 +80,55 @@ def test_greedy_tokens_of_a_padded_batch_equal_those_of_transformers_one_by_one(
         for row, tokens in enumerate(rows):
             assert np.asarray(out.tokens[row]).tolist() == tokens + [0] * (NEW - len(tokens))
             assert int(out.length[row]) == len(tokens) - (tokens[-1] == end_token)
+
+
+# (family, repetition penalty)
+FAMILIES = [("phi", 1.0), ("stablelm", 1.0), ("qwen2", 1.4), ("llama", 1.0), ("llama", 0.7)]
+
+
+@pytest.mark.parametrize(("family", "penalty"), FAMILIES)
+def test_greedy_tokens_of_uneven_prompts_equal_those_of_transformers_batch(family, penalty, tmp_path):
+    model = tiny.build(family)
+    with torch.no_grad():  # the embedding or the head's bias would otherwise say one token again and again
+        for name, parameter in model.named_parameters():
+            if "layers." not in name:
+                parameter.mul_(0.0 if name.endswith("bias") else 1.0)
+            elif parameter.ndim == 2:
+                parameter.mul_(4.0)
+    model.save_pretrained(tmp_path)
+    ours = hf_parity_test.load_model(tmp_path, sections={"decoder"}, vision=hf_parity_test.NO_VISION)
+    graphdef, params = nnx.split(ours)
+    # transformers' penalty sees padding too, so where there is one, prompts need none.
+    lengths = (9, 2, 12, 5) if penalty == 1.0 else (9, 9, 9, 9)
+    rows = [np.random.default_rng(i).integers(6, 61, length) for i, length in enumerate(lengths)]
+    longest = max(map(len, rows))
+    padded = torch.tensor(np.array([[5] * (longest - len(row)) + row.tolist() for row in rows]))
+    settings = {} if penalty == 1.0 else {"repetition_penalty": penalty}
+    out = model.generate(
+        input_ids=padded,
+        attention_mask=(padded != 5).long(),
+        do_sample=False,
+        max_new_tokens=NEW,
+        eos_token_id=None,
+        pad_token_id=5,
+        **settings,
+    )
+    expected = out[:, longest:].numpy()
+    batch = prompts_lib.prompt_batch(
+        [prompts_lib.Prompt(row.astype(np.int32)) for row in rows],
+        tokens_per_image=1,
+        row_length=16,
+        num_images=0,
+        image_size=2,
+        padding_side="left" if penalty == 1.0 else "right",
+    )
+    found = generate_lib.generate(
+        generate_lib.dropless_graphdef(graphdef, params),
+        params,
+        batch,
+        config=ours.config,
+        generation=config_lib.GenerationConfig(max_new_tokens=NEW, repetition_penalty=penalty),
+        end_tokens=[-1],
+    )
+    np.testing.assert_array_equal(found.tokens, expected)
+    assert len(np.unique(expected)) > 2

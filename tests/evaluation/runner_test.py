@@ -14,6 +14,7 @@ from moe_vlm_jax.data import bad_samples
 from moe_vlm_jax.data import images as images_lib
 from moe_vlm_jax.data import records as records_lib
 from moe_vlm_jax.decoding import generate as generate_lib
+from moe_vlm_jax.decoding import prompts as prompts_lib
 from moe_vlm_jax.evaluation import blind, runner
 from moe_vlm_jax.models import vlm
 
@@ -114,8 +115,8 @@ def test_every_question_gets_the_answer_it_gets_alone_without_capacity(model, to
     for record, row in zip(records[:9], result.predictions, strict=True):
         tokens = [-200] * len(record.images) + tokenizer(blind.question_of(record)).input_ids
         pictures = tuple(TRANSFORM(image) for image in record.images)
-        batch = generate_lib.prompt_batch(
-            [generate_lib.Prompt(np.array(tokens, np.int32), pictures)],
+        batch = prompts_lib.prompt_batch(
+            [prompts_lib.Prompt(np.array(tokens, np.int32), pictures)],
             tokens_per_image=4,
             row_length=24,
             num_images=1,
@@ -180,20 +181,3 @@ def test_a_limit_draws_from_the_whole_split_by_seed_and_drawing_again_changes_no
 def test_nothing_to_ask_is_an_error(model, tokenizer, records):
     with pytest.raises(ValueError, match="0 records have answers"):
         evaluate(model, tokenizer, records[9:])
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "lengths"), [(4, [9] * 5 + [20] * 3), (3, [9, 30, 31, 33, 70, 9, 9]), (50, [5, 9])]
-)
-def test_a_plan_holds_every_question_once_in_few_full_batches(batch_size, lengths):
-    images = [(f"image {i // 2}",) for i in range(len(lengths))]
-    buckets = runner._plan(lengths, images, batch_size)
-    asked = [i for bucket in buckets for batch in bucket.batches for i in dict.fromkeys(batch)]
-    assert sorted(asked) == list(range(len(lengths)))
-    size = min(batch_size, len(lengths))
-    assert {len(batch) for bucket in buckets for batch in bucket.batches} == {size}
-    assert sum(len(bucket.batches) for bucket in buckets) == -(-len(lengths) // size)
-    for bucket in buckets:
-        longest = max(lengths[i] for batch in bucket.batches for i in batch)
-        assert longest <= bucket.row_length < longest * 1.25 + 8
-        assert bucket.num_images == max(len({images[i] for i in batch}) for batch in bucket.batches)

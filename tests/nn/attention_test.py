@@ -17,6 +17,11 @@ def tensors(length: int, keys: int):
     return q, k, v, jax.random.normal(names[3], q.shape)
 
 
+def attend(q, k, v, mask, *, causal: bool) -> jax.Array:
+    """With keys and values [B, S, K, H], as jax.nn has them."""
+    return attention.attend(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), mask, causal=causal)
+
+
 def make_mask(length: int) -> jax.Array:
     """A prefix of 7 slots, branches of 20 slots, and in row 1 a packed second tree and padding at the end."""
     slot = np.arange(length)
@@ -34,7 +39,7 @@ def test_chunks_equal_one_softmax_in_value_and_gradient(length):
     mask = make_mask(length)
 
     def ours(q, k, v):
-        return attention.attend(q, k, v, mask, causal=True)
+        return attend(q, k, v, mask, causal=True)
 
     def oracle(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
@@ -52,12 +57,12 @@ def test_chunks_equal_one_softmax_in_value_and_gradient(length):
 def test_attention_to_a_longer_cache_sees_all_of_it(masked):
     q, k, v, _ = tensors(130, 160)
     mask = jnp.broadcast_to(jnp.arange(160) % 3 > 0, (B, 1, 130, 160)) if masked else None
-    got = attention.attend(q, k, v, mask, causal=False)
+    got = attend(q, k, v, mask, causal=False)
     np.testing.assert_allclose(got, jax.nn.dot_product_attention(q, k, v, mask=mask), atol=2e-6)
 
 
 def test_query_that_sees_nothing_is_finite():
     q, k, v, cotangent = tensors(4, 4)
     mask = jnp.zeros((B, 1, 4, 4), bool)
-    value, pullback = jax.vjp(lambda *a: attention.attend(*a, mask, causal=True), q, k, v)
+    value, pullback = jax.vjp(lambda *a: attend(*a, mask, causal=True), q, k, v)
     assert all(bool(jnp.isfinite(x).all()) for x in (value, *pullback(cotangent)))

@@ -16,6 +16,7 @@ import threading
 import pytest
 from PIL import Image
 
+from moe_vlm_jax import origins
 from moe_vlm_jax.data import bad_samples
 from moe_vlm_jax.preferences import annotate, candidates, marks, server
 from tests.preferences import examples
@@ -54,7 +55,7 @@ class Client:
 def serve(tmp_path):
     running = []
 
-    def serve(host=server.LOOPBACK, count=3, found=None, annotator="ana"):
+    def serve(host=origins.LOOPBACK, count=3, found=None, annotator="ana"):
         if found is None:
             path = examples.write_candidates(tmp_path, count)
             found = candidates.read_candidates(path, bad_samples.BadSamples("error"))
@@ -306,17 +307,17 @@ def test_a_link_from_elsewhere_may_open_the_page_but_nothing_else(serve):
 def test_it_listens_on_loopback_alone_unless_told_otherwise(serve, tmp_path):
     found = candidates.read_candidates(examples.write_candidates(tmp_path, 1), bad_samples.BadSamples("error"))
     session = annotate.Session(found, tmp_path / "m.jsonl", "ana")
-    for host, loopback in ((server.LOOPBACK, True), ("0.0.0.0", False)):
+    for host, loopback in ((origins.LOOPBACK, True), ("0.0.0.0", False)):
         with server.Server(session, host, 0) as served:
             assert served.server_address[0] == host
-            assert served.is_loopback() is loopback
-            assert served.is_this_host("192.0.2.7:8765") is not loopback
-            assert not served.is_this_host("evil.example")
+            assert served.guard.is_loopback() is loopback
+            assert served.guard.is_this_host("192.0.2.7:8765") is not loopback
+            assert not served.guard.is_this_host("evil.example")
             port = served.server_address[1]
             with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1, port {port}"):
                 server.Server(session, "127.0.0.1", port)
     with pytest.raises(ValueError, match="port 99999"):
-        server.Server(session, server.LOOPBACK, 99999)
+        server.Server(session, origins.LOOPBACK, 99999)
     session.close()
 
 

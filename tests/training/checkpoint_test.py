@@ -113,6 +113,14 @@ def test_a_save_that_was_cut_off_is_not_the_latest(tmp_path):
     assert left == ["1"]
 
 
+def test_the_newest_step_is_known_by_its_name_and_is_a_finished_one(tmp_path):
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
+        checkpoint.newest_step(tmp_path)
+    for name in ("8", "12", "16.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert checkpoint.newest_step(tmp_path) == 12
+
+
 def test_other_frozen_parameters_are_an_error(tmp_path):
     state = _state()
     checkpoints = _open(tmp_path, fingerprint="0123", base="models/clip")
