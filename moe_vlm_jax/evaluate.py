@@ -25,9 +25,11 @@ from moe_vlm_jax.decoding import generate
 from moe_vlm_jax.evaluation import asking, judging, results, settings
 from moe_vlm_jax.evaluation.benchmarks import catalogue
 from moe_vlm_jax.models import size
+from moe_vlm_jax.reporting import document, folders, intervals, published
 from moe_vlm_jax.training import checkpoint as checkpoint_lib
 
 TARGET = "evaluation"  # folder of the results inside that of the model, by default
+REPORT = "report"  # folder of the page inside that of the results
 UNJUDGED = 3  # exit status
 
 
@@ -76,12 +78,30 @@ def run(config: settings.EvaluateConfig) -> None:
         found = evaluate(config)
     print(results.console_table(found))
     print(f"results: {target_of(config) / results.RESULTS}")
+    if config.report:
+        with command_line.user_errors():
+            print(_report(config))
     if unjudged := [name for name, part in found.items() if part["judge"] and part["judge"]["unjudged"]]:
         sys.stderr.write(
             f"error: {', '.join(unjudged)}: answers are unjudged (judge.jsonl has the calls); the same command asks "
             "the judge again for these.\n"
         )
         sys.exit(UNJUDGED)
+
+
+def _report(config: settings.EvaluateConfig) -> str:
+    """Writes the page of the results into a folder beside them; returns where it is."""
+    target = target_of(config)
+    document.write(
+        folders.read(str(target)),
+        target / REPORT,
+        title=f"Evaluation of {config.workdir or config.checkpoint}",
+        beside=published.choose(document.BESIDE),
+        settings=intervals.Settings(confidence=0.95, resamples=10_000, seed=0),
+        num_cases=60,
+        max_images=200,
+    )
+    return f"report: {target / REPORT / 'report.html'}"
 
 
 def _source(config: settings.EvaluateConfig) -> ready.Source:

@@ -15,19 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from moe_vlm_jax import command_line
-from moe_vlm_jax.evaluation import report as files
-from moe_vlm_jax.reporting import (
-    evaluations,
-    folders,
-    intervals,
-    markdown,
-    page,
-    published,
-    published_tables,
-    tables,
-)
-
-_BESIDE = ("project_report", "moe_llava")
+from moe_vlm_jax.reporting import document, evaluations, folders, intervals, published
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,45 +26,21 @@ def main(argv: Sequence[str]) -> None:
             if getattr(arguments, name) < 0:
                 raise ValueError(f"--{name}={getattr(arguments, name)} must be 0 or more; 0 shows none.")
         settings = intervals.Settings(arguments.confidence, arguments.resamples, arguments.seed)
-        beside = published.choose([name for name in arguments.published or _BESIDE if name != "none"])
+        beside = published.choose([name for name in arguments.published or document.BESIDE if name != "none"])
         found = [one for argument in arguments.results for one in folders.read(argument)]
         evaluations.check_names(found)
         _check_out(arguments.out, found)
-        print(write(arguments, found, beside, settings))
-
-
-def write(
-    arguments: argparse.Namespace,
-    found: Sequence[evaluations.Evaluation],
-    beside: Sequence[published.Table],
-    settings: intervals.Settings,
-) -> str:
-    """Writes both files and returns what the console shows: the first table, and where the files are."""
-    titles = evaluations.titles(found)
-    measured, others = tables.measured_table(found), published_tables.beside(beside, titles)
-    differences = intervals.compare_all(found, settings)
-    shown = [measured, *([others] if others else [])]
-    shown += [tables.interval_table(differences, settings, titles)] if differences else []
-    shown.append(tables.answers_table(found))
-    folded = [*tables.detail_tables(found), tables.runs_table(found)]
-    folded += map(published_tables.as_printed, published.tables())
-    title, names = arguments.title, [one.name for one in found]
-    note = f"{len(found)} evaluated models: {', '.join(names)}. What is marked as published was not measured here."
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(
-        arguments.out / "report.md", markdown.document(title=title, note=note, tables=[*shown, *folded])
-    )
-    text = page.document(
-        title=title,
-        note=note,
-        tables=shown,
-        folded=folded,
-        found=found,
-        num_cases=arguments.cases,
-        max_images=arguments.images,
-    )
-    files.write_atomically(arguments.out / "report.html", text)
-    return f"{markdown.render(measured)}\n\nreport: {arguments.out / 'report.md'}, {arguments.out / 'report.html'}"
+        print(
+            document.write(
+                found,
+                arguments.out,
+                title=arguments.title,
+                beside=beside,
+                settings=settings,
+                num_cases=arguments.cases,
+                max_images=arguments.images,
+            )
+        )
 
 
 def _check_out(out: pathlib.Path, found: Sequence[evaluations.Evaluation]) -> None:
@@ -103,7 +67,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         action="append",
         metavar="TABLE",
         help=f"published table whose rows stand below the measured ones, may be repeated; one of "
-        f"{', '.join(table.id for table in published.tables())}, or none (default {' and '.join(_BESIDE)})",
+        f"{', '.join(table.id for table in published.tables())}, or none (default {' and '.join(document.BESIDE)})",
     )
     return parser.parse_args(argv)
 

@@ -393,7 +393,8 @@ def command(tmp_path_factory):
 @pytest.mark.slow
 def test_the_command_gives_the_same_answers_however_the_model_lies_on_eight_devices(command, tmp_path):
     found = {}
-    for name, mesh in (("spread", ["--config.mesh.fsdp=2", "--config.mesh.expert=2"]), ("rows", [])):
+    spread = ["--config.mesh.fsdp=2", "--config.mesh.expert=2", "--config.report=False"]
+    for name, mesh in (("spread", spread), ("rows", [])):
         done = command(f"--config.target={tmp_path / name}", "--config.batch_size=8", *mesh)
         assert done.returncode == 0, done.stderr
         assert re.search(r"embedded +\d+\.\d\d +24 +embedded set val, exact match", done.stdout), done.stdout
@@ -402,6 +403,9 @@ def test_the_command_gives_the_same_answers_however_the_model_lies_on_eight_devi
         content = json.loads((tmp_path / name / "results.json").read_text())
         found[f"{name} hash"] = content["manifest"]["checkpoint"]["hash"]
         assert content["manifest"]["device"].startswith("8 x ")
+    page = (tmp_path / "rows" / "report" / "report.html").read_text()
+    assert "embedded set val, exact match" in page and "24 of 24 questions" in page
+    assert not (tmp_path / "spread" / "report").exists()
     assert found["spread"] == found["rows"]
     assert found["spread hash"] == found["rows hash"]
     assert len(set(found["rows"])) > 5

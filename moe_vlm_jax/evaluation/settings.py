@@ -99,6 +99,7 @@ class EvaluateConfig:
     target: str = ""  # folder of the results; empty: <workdir>/evaluation or <checkpoint>/evaluation
     data_root: str = "data/benchmarks"
     max_questions: int = 0  # a draw (by seed 0) of about so many; the label says so. 0: all
+    report: bool = True  # also write the page of the results, into <target>/report
     on_bad_sample: str = "error"  # error | drop (counted; the label says so)
     batch_size: int = 32
     chunk: int = 512  # questions that are answered before their answers are written down: what a crash may cost

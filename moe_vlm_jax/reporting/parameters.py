@@ -50,7 +50,7 @@ def _from_manifest(manifest: Fields) -> config_lib.ModelConfig | None:
 
 
 def _from_checkpoint(manifest: Fields) -> config_lib.ModelConfig | None:
-    """Returns the config beside the checkpoint, where what lies there now has as many parameters as the manifest says."""
+    """Returns the config beside the checkpoint, where that has as many parameters as the manifest says."""
     if not (manifest.values.get("checkpoint") and manifest.values.get("parameters")):
         return None
     source = manifest.section("checkpoint")
