@@ -21,6 +21,7 @@ from tests.conftest import goldens_folder
 
 JSON = {"Content-Type": "application/json"}
 LIMITS = requests.Limits(body_bytes=200_000, images=3, new_tokens=50)
+ANSWER = "The sky is blue. ENDless, 日本!"  # what the engine of most tests says
 
 
 def config(template: str = "phi", answer_prompt: str = "", max_pixels: int = 10_000) -> config_lib.RunConfig:
@@ -212,3 +213,14 @@ def question(text: str = "What colour?", *images: bytes, **fields) -> dict:
     parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
     content = [*parts, {"type": "text", "text": text}] if images else text
     return {"model": "tiny", "messages": [{"role": "user", "content": content}], **fields}
+
+
+def events(body: bytes) -> list:
+    """Returns the data of server-sent events."""
+    lines = body.decode().removesuffix("\n\n").split("\n\n")
+    assert all(line.startswith("data: ") for line in lines)
+    return [line.removeprefix("data: ") for line in lines]
+
+
+def image(color: int = 200) -> dict:
+    return {"type": "image_url", "image_url": {"url": data_url(encoded(color)), "detail": "auto"}}
