@@ -18,7 +18,7 @@ from moe_vlm_jax.reporting.evaluations import Answer, Column, Evaluation, Result
 from moe_vlm_jax.reporting.json_fields import Fields, read_json, read_lines
 
 _AGAIN = "run `python -m moe_vlm_jax.evaluate` with this folder again"
-_JUDGED = ("judged", "failed", "unparsed", "unjudged", "first", "last")
+_JUDGED = ("judged", "failed", "unparsed", "unjudged")
 
 
 def read(argument: str) -> list[Evaluation]:
@@ -82,7 +82,7 @@ def _result(benchmark: str, found: Fields) -> Result:
         split=found.text("split", optional=True),
         metric=found.text("metric"),
         rule=found.text("rule"),
-        label=found.text("label"),
+        label=_undated(found.text("label"), judge),
         judge=_judged_by(judge) if judge else "",
     )
     count = found.number("count")
@@ -96,6 +96,13 @@ def _result(benchmark: str, found: Fields) -> Result:
     )
 
 
+def _undated(label: str, judge: Fields | None) -> str:
+    """Returns a label without the dates of judging: one judge asked on two days is one judge."""
+    if judge is None or not judge.values.get("first"):
+        return label
+    return label.replace(f" ({judge.values['first']} to {judge.values.get('last')})", "")
+
+
 def _judged_by(judge: Fields) -> str:
     """Returns who judged, with the model that an endpoint said it served."""
     served = judge.values.get("served") or []
@@ -107,16 +114,13 @@ def _remarks(found: Fields, judge: Fields | None) -> list[str]:
     """Returns what a reader has to know of a figure."""
     remarks = [] if found.values.get("comparable", True) else ["not comparable with published figures"]
     if judge:
-        said = [
-            f"{judge.values[name]} {name}" if isinstance(judge.values[name], int) else f"{name} {judge.values[name]}"
-            for name in _JUDGED
-            if judge.values.get(name) not in (None, 0)
-        ]
+        said = [f"{judge.values[name]} {name}" for name in _JUDGED if judge.values.get(name)]
+        said += [f"from {judge.values['first']} to {judge.values.get('last')}"] if judge.values.get("first") else []
         remarks += [f"judge: {', '.join(said)}"] if said else []
     skipped = {reason: n for reason, n in found.mapping("skipped", optional=True).items() if n}
     if skipped:
         remarks.append("not asked: " + ", ".join(f"{n} {reason}" for reason, n in skipped.items()))
-    if found.values.get("submission"):
+    if found.values.get("submission") and found.values.get("score") is None:
         remarks.append(f"scored elsewhere: submit {found.values['submission']}")
     return remarks
 

@@ -37,9 +37,7 @@ def of_manifest(manifest: Fields) -> tuple[Parameters | None, list[str]]:
         counts = manifest.section("parameters")
         total, activated = counts.number("total"), counts.number("activated")
         found = Parameters(int(total or 0), int(activated or 0), "whole model, by its manifest")
-        return found, [
-            "activated parameters are as its manifest counts them, of the whole model and not the language model"
-        ]
+        return found, ["activated parameters are those of its manifest: of the whole model, not the language model"]
     return None, ["activated parameters are not known: its manifest has neither a whole model config nor counts"]
 
 
@@ -50,7 +48,7 @@ def _from_manifest(manifest: Fields) -> config_lib.ModelConfig | None:
 
 
 def _from_checkpoint(manifest: Fields) -> config_lib.ModelConfig | None:
-    """Returns the config beside the checkpoint, where that has as many parameters as the manifest says."""
+    """Returns the config beside the checkpoint, if what lies there now has as many parameters as the manifest says."""
     if not (manifest.values.get("checkpoint") and manifest.values.get("parameters")):
         return None
     source = manifest.section("checkpoint")

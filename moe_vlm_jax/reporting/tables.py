@@ -4,6 +4,7 @@ A column holds figures that can be compared: the same questions, metric, rule, l
 tables of their own (published_tables.py); no average or interval here sees one.
 """
 
+import collections
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,20 +32,21 @@ def average_of(found: Sequence[Evaluation]) -> Average:
     Only what every model has: else averages would differ by what was asked. Never MME, which is in points, or
     LLaVA-Bench, which is relative to another model; and no benchmark that has two columns, by two rules for one.
     """
-    titles = evaluations.titles(found)
-    left_out, kept = [], []
+    titles, reasons = evaluations.titles(found), collections.defaultdict(list)
+    kept = []
     for column in evaluations.columns(found):
-        title = titles[column.benchmark]
         missing = [one.name for one in found if (its := one.result(column)) is None or its.score is None]
         if not column.is_percentage:
-            left_out.append(f"{title} is no percentage of questions")
+            reasons["no percentage of questions"].append(titles[column.benchmark])
         elif missing:
-            left_out.append(f"{title} ({column.metric}, {column.rule}) has no figure for {', '.join(missing)}")
+            reasons[f"no figure for {', '.join(missing)}"].append(titles[column.benchmark])
         else:
             kept.append(column)
     twice = {column.benchmark for column in kept if sum(column.benchmark == other.benchmark for other in kept) > 1}
-    left_out += [f"{titles[benchmark]} has several columns" for benchmark in sorted(twice)]
-    return Average([column for column in kept if column.benchmark not in twice], list(dict.fromkeys(left_out)))
+    if twice:
+        reasons["several columns"] = [titles[benchmark] for benchmark in sorted(twice)]
+    left_out = [f"{', '.join(dict.fromkeys(names))} ({reason})" for reason, names in reasons.items()]
+    return Average([column for column in kept if column.benchmark not in twice], left_out)
 
 
 def average(one: Evaluation, columns: Sequence[Column]) -> float:
@@ -73,7 +75,7 @@ def measured_table(found: Sequence[Evaluation]) -> Table:
         without = f" Left out: {'; '.join(means.left_out)}." if means.left_out else ""
         notes.append(f"average: the mean of {made_of}.{without}")
     elif len(columns) > 1 and means.left_out:
-        notes.append(f"There is no average: {'; '.join(means.left_out)}.")
+        notes.append(f"There is no average, which takes two benchmarks: left out are {'; '.join(means.left_out)}.")
     notes += [f"{one.name}: {remark}." for one in found for remark in one.remarks]
     return Table("Measured", heads, [Section("", rows)], notes)
 
@@ -198,13 +200,14 @@ def _note(column: Column, number: int, found: Sequence[Evaluation]) -> str:
     """Returns what a column is, and what is to be known of its figures."""
     results = {one.name: result for one in found if (result := one.result(column)) is not None}
     judge = f"; judge {column.judge}" if column.judge else ""
-    counts = sorted({result.count for result in results.values()})
+    counts = {result.count for result in results.values()}
     if len(counts) == 1:
-        asked = f"{counts[0]} questions"
+        asked = f"questions: {counts.pop()}"
     else:
         asked = "questions differ in number: " + ", ".join(f"{name} {r.count}" for name, r in results.items())
-    what = " ".join(filter(None, (next(iter(results.values())).title, column.split)))
-    text = f"[{number}] {what}, {column.metric}, rule {column.rule}: {column.label}{judge}; {asked}."
+    title = next(iter(results.values())).title
+    what = "" if column.label.startswith(title) else f"{title} {column.split}".strip() + f", {column.metric}: "
+    text = f"[{number}] {what}{column.label}; rule {column.rule}{judge}; {asked}."
     remarks: dict[str, list[str]] = {}
     for name, result in results.items():
         for remark in result.remarks:

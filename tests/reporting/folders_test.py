@@ -51,7 +51,7 @@ def test_two_models_of_one_name_are_refused(tmp_path):
 
 def test_what_a_reader_has_to_know_of_a_figure_is_kept(tmp_path):
     judge = {"kind": "endpoint", "model": "j-1", "served": ["j-1-0613"], "judged": 3, "failed": 1, "unjudged": 0}
-    judge |= {"first": "2026-11-26"}
+    judge |= {"first": "2026-11-26", "last": "2026-11-27"}
     figures = benchmark(
         None, 4, comparable=False, judge=judge, skipped={"too long": 2, "no image": 0}, submission="submission.json"
     )
@@ -62,7 +62,7 @@ def test_what_a_reader_has_to_know_of_a_figure_is_kept(tmp_path):
     assert result.score is None
     assert result.remarks == (
         "not comparable with published figures",
-        "judge: 3 judged, 1 failed, first 2026-11-26",
+        "judge: 3 judged, 1 failed, from 2026-11-26 to 2026-11-27",
         "not asked: 2 too long",
         "scored elsewhere: submit submission.json",
     )
@@ -158,3 +158,19 @@ def test_results_hold_no_number_that_json_does_not_know(tmp_path):
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="score=inf must be a number"):
         folders.read(str(tmp_path / "a"))
+
+
+def test_one_judge_asked_on_two_days_makes_one_column(tmp_path):
+    columns = []
+    for day in ("2026-11-26", "2026-12-01"):
+        judge = {"kind": "endpoint", "model": "j-1", "served": ["j-1"], "judged": 1, "first": day, "last": day}
+        figures = benchmark(50.0, 1, judge=judge, label=f"judge = j-1 ({day} to {day}), official prompt")
+        found = one(tmp_path / day, figures)
+        columns.append(found.results[0].column)
+        assert f"from {day} to {day}" in found.results[0].remarks[0]
+    assert columns[0] == columns[1]
+    assert columns[0].label == "judge = j-1, official prompt"
+
+
+def test_a_score_that_can_also_be_submitted_is_not_said_to_be_made_elsewhere(tmp_path):
+    assert one(tmp_path / "a", benchmark(100.0, 1, submission="submission.json")).results[0].remarks == ()

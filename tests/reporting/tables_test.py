@@ -53,8 +53,8 @@ def test_the_table_has_models_and_columns_with_activated_parameters_and_average(
         "baseline": ["3.6B", "61.5", "86.3", "1423.0", "73.9"],
         "sft": ["3.6B", "60.0", "80.0", "1000.0", "70.0"],
     }
-    assert table.notes[0] == "[1] GQA val, accuracy, rule llava: balanced; 30 questions."
-    assert table.notes[-1] == "average: the mean of GQA, POPE. Left out: MME is no percentage of questions."
+    assert table.notes[0] == "[1] GQA val, accuracy: balanced; rule llava; questions: 30."
+    assert table.notes[-1] == "average: the mean of GQA, POPE. Left out: MME (no percentage of questions)."
 
 
 @pytest.mark.parametrize("field", ["split", "metric", "rule", "label", "judge"])
@@ -70,7 +70,7 @@ def test_an_average_is_of_what_every_model_has():
     found = [model("a", {GQA: 50.0, POPE: 70.0, JUDGED: 30.0}), model("b", {GQA: 40.0, POPE: 80.0})]
     means = tables.average_of(found)
     assert means.columns == [GQA, POPE]
-    assert means.left_out == ["MM-Vet (score, llava) has no figure for b"]
+    assert means.left_out == ["MM-Vet (no figure for b)"]
     assert [tables.average(one, means.columns) for one in found] == [60.0, 60.0]
 
 
@@ -84,7 +84,7 @@ def test_mme_and_a_relative_score_are_in_no_average():
     relative = Column("llavabench", "test", "relative", "llava", "", "endpoint j-1")
     means = tables.average_of([model("a", {GQA: 50.0, POPE: 70.0, MME: 1400.0, relative: 94.1})])
     assert means.columns == [GQA, POPE]
-    assert len(means.left_out) == 2
+    assert means.left_out == ["MME, LLaVA-Bench (no percentage of questions)"]
 
 
 def test_a_benchmark_with_two_columns_counts_in_no_average():
@@ -92,10 +92,10 @@ def test_a_benchmark_with_two_columns_counts_in_no_average():
     found = [model("a", {GQA: 50.0, by_another_rule: 90.0, POPE: 70.0, JUDGED: 30.0})]
     means = tables.average_of(found)
     assert means.columns == [POPE, JUDGED]
-    assert means.left_out == ["GQA has several columns"]
+    assert means.left_out == ["GQA (several columns)"]
     table = tables.measured_table([model("a", {GQA: 50.0, by_another_rule: 90.0, POPE: 70.0})])
     assert "average" not in heads(table)
-    assert table.notes[-1] == "There is no average: GQA has several columns."
+    assert table.notes[-1] == "There is no average, which takes two benchmarks: left out are GQA (several columns)."
 
 
 def test_models_that_were_asked_different_numbers_of_questions_are_named():
@@ -103,7 +103,7 @@ def test_models_that_were_asked_different_numbers_of_questions_are_named():
     fewer = dataclasses.replace(found[1].results[0], count=7, remarks=("not asked: 23 too long",))
     found[1] = dataclasses.replace(found[1], results=(fewer,), remarks=("not finished: more may come",))
     assert tables.measured_table(found).notes == [
-        "[1] GQA val, accuracy, rule llava: balanced; questions differ in number: a 30, b 7. "
+        "[1] GQA val, accuracy: balanced; rule llava; questions differ in number: a 30, b 7. "
         "Not asked: 23 too long (b).",
         "b: not finished: more may come.",
     ]
