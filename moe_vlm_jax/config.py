@@ -77,6 +77,9 @@ class MoEConfig:
     placement: str = "sparse"  # sparse = layers 0, 2, 4, ...; ignored when layers is given
     layers: tuple[int, ...] = ()  # explicit layer indices
     num_experts: tuple[int, ...] = (4,)  # one for all MoE layers, or one per MoE layer
+    router: str = "topk"  # topk (over all experts) | modality (text and image tokens have experts of their own)
+    text_experts: tuple[int, ...] = ()  # modality only: what text may choose from; both together name all experts
+    image_experts: tuple[int, ...] = ()
     top_k: int = 2
     renormalize: bool = True  # weights sum to 1 over the chosen; top_k=1 always uses the raw probability
     dispatch: str = "dropless"  # dropless | capacity (the reference) | dense (every expert, the oracle)

@@ -13,6 +13,7 @@ CHOICES = {
     "model.decoder.norm": ("layernorm", "rmsnorm"),
     "model.decoder.activation": ("gelu_tanh", "gelu", "silu"),
     "model.moe.placement": config_lib.PLACEMENTS,
+    "model.moe.router": ("topk", "modality"),
     "model.moe.dispatch": ("dropless", "capacity", "dense"),
     "model.moe.grouped_matmul": ("auto", "ragged", "blocks"),
     "model.moe.capacity_group": ("batch", "row"),

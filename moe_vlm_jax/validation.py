@@ -189,8 +189,38 @@ def _moe(model: config_lib.ModelConfig) -> Iterator[str]:
         yield from idle("grouped_matmul block_rows", f"with dispatch={moe.dispatch!r} (only 'dropless' groups)")
     elif moe.grouped_matmul == "ragged":
         yield from idle("block_rows", "with grouped_matmul='ragged'")
+    yield from _modalities(moe)
     if moe.top_k == 1:
         yield from idle("renormalize gumbel_second_choice", "with top_k=1 (there is no second choice)")
+
+
+def _modalities(moe: config_lib.MoEConfig) -> Iterator[str]:
+    if moe.router != "modality":
+        yield from _no_effect(moe, "model.moe", "text_experts image_experts", f"with router={moe.router!r}")
+        return
+    if len(set(moe.num_experts)) > 1:
+        yield (
+            f"model.moe.num_experts={moe.num_experts!r} differs between layers, but router='modality' has one set of "
+            "experts for text and one for images; use one number."
+        )
+        return
+    num_experts = moe.num_experts[0]
+    held = {"text_experts": moe.text_experts, "image_experts": moe.image_experts}
+    for name, experts in held.items():
+        if len(set(experts)) != len(experts) or any(not 0 <= expert < num_experts for expert in experts):
+            yield f"model.moe.{name}={experts!r} must be different experts from 0 to {num_experts - 1}; correct it."
+        elif not experts:
+            yield f"model.moe.{name}=() leaves these tokens without an expert; name at least one."
+        elif moe.top_k > len(experts):
+            yield (
+                f"model.moe.top_k={moe.top_k} is more than the {len(experts)} of model.moe.{name}={experts!r}, and a "
+                "token's choices are different experts; lower top_k or name more."
+            )
+    if missing := sorted(set(range(num_experts)).difference(*held.values())):
+        yield (
+            f"experts {missing} are in neither model.moe.text_experts nor model.moe.image_experts and would never be "
+            "chosen; name them or lower num_experts."
+        )
 
 
 def _adaptation(model: config_lib.ModelConfig) -> Iterator[str]:

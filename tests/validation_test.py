@@ -107,6 +107,27 @@ MISTAKES = {
         "has 2 entries for 16 MoE layers; give one for all of them, or 16.",
     ),
     "top k": ({"model__moe__top_k": 5}, "model.moe.top_k=5 is more than num_experts=4"),
+    "idle modality": ({"model__moe__text_experts": (0,)}, "text_experts=(0,) has no effect with router='topk'"),
+    "no image expert": (
+        {"model__moe__router": "modality", "model__moe__text_experts": (0, 1, 2, 3)},
+        "model.moe.image_experts=() leaves these tokens without an expert; name at least one.",
+    ),
+    "uncovered experts": (
+        {"model__moe__router": "modality", "model__moe__text_experts": (0, 1), "model__moe__image_experts": (1, 2)},
+        "experts [3] are in neither model.moe.text_experts nor model.moe.image_experts",
+    ),
+    "top k of a modality": (
+        {"model__moe__router": "modality", "model__moe__text_experts": (0,), "model__moe__image_experts": (1, 2, 3)},
+        "model.moe.top_k=2 is more than the 1 of model.moe.text_experts=(0,)",
+    ),
+    "unknown expert": (
+        {
+            "model__moe__router": "modality",
+            "model__moe__text_experts": (0, 1),
+            "model__moe__image_experts": (1, 2, 3, 4),
+        },
+        "model.moe.image_experts=(1, 2, 3, 4) must be different experts from 0 to 3",
+    ),
     "no slots": ({"model__moe__capacity_factor": 2.0}, "capacity_factor=2.0 has no effect with dispatch='dropless'"),
     "no groups": ({"model__moe__dispatch": "dense", "model__moe__block_rows": 32}, "block_rows=32 has no effect"),
     "placement": (
@@ -213,6 +234,7 @@ def test_every_number_has_a_range_and_every_word_a_choice_or_a_meaning():
     free = {
         "model.vision.select_layer",  # checked against the number of layers
         "model.projector",
+        *("model.moe.text_experts", "model.moe.image_experts"),  # checked against the number of experts
         *("data.path", "data.image_folder", "data.cache", "data.split", "data.eval_split", "data.tokenizer"),
         *(
             "data.answer_prompt",

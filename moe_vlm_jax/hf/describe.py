@@ -34,6 +34,11 @@ def config_json(
     writers = {"moe_llava": _moe_llava, "lm": _language_model, "vision": _tower_only, "llava": _llava}
     if layout not in writers:
         raise ValueError(f"layout={layout!r} is unknown; use one of {', '.join(writers)}.")
+    if layout != "vision" and any(config.layer_experts) and config.moe.router != "topk":
+        raise ValueError(
+            f"model.moe.router={config.moe.router!r} has no field in layout {layout!r}, whose readers let every token "
+            "choose among all experts; keep the model in its run's own checkpoint."
+        )
     # A tower is always described anew: what it came from may hold more than the tower.
     if (
         layout != "vision"

@@ -8,7 +8,7 @@ from flax import nnx
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import sharding
-from moe_vlm_jax.moe import dispatch, expert_parallel
+from moe_vlm_jax.moe import dispatch, expert_parallel, modality_router
 from moe_vlm_jax.moe import experts as experts_lib
 from moe_vlm_jax.moe import router as router_lib
 from moe_vlm_jax.nn import dropout, linear, mlp
@@ -39,7 +39,7 @@ class MoELayer(nnx.Module):
             )
         kwargs = {"gated": gated, "act": act, "bias": bias, "dtype": dtype, "rngs": rngs}
         self.num_experts = num_experts
-        self.router = router_lib.TopKRouter(embed_dim, num_experts, config, rngs=rngs)
+        self.router = _router(embed_dim, num_experts, config, rngs=rngs)
         self.experts = experts_lib.Experts(num_experts, embed_dim, mlp_dim, **kwargs)
         self.residual = mlp.MLP(embed_dim, mlp_dim, **kwargs) if config.use_residual else None
         self.coefficient = (
@@ -117,3 +117,12 @@ class MoELayer(nnx.Module):
                     priority=priority,
                 )
         raise ValueError(f"moe.dispatch={config.dispatch!r} is unknown; use dropless, capacity or dense.")
+
+
+def _router(embed_dim: int, num_experts: int, config: config_lib.MoEConfig, *, rngs: nnx.Rngs) -> router_lib.TopKRouter:
+    match config.router:
+        case "topk":
+            return router_lib.TopKRouter(embed_dim, num_experts, config, rngs=rngs)
+        case "modality":
+            return modality_router.ModalityRouter(embed_dim, num_experts, config, rngs=rngs)
+    raise ValueError(f"moe.router={config.router!r} is unknown; use topk or modality.")
