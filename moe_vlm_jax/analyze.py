@@ -58,6 +58,8 @@ def analyze(args: argparse.Namespace) -> pathlib.Path:
         raise ValueError(f"--{useless[0]} has no effect with --workdir, whose config says it; leave it out.")
     if not args.workdir and not (args.data and args.target):
         raise ValueError("--checkpoint alone says neither what to ask nor where to write; give --data and --target.")
+    if args.image_folder and not (args.data or "").startswith("llava:"):
+        raise ValueError("--image-folder has no effect without --data llava:FILE; leave it out.")
     for name, least in (("num_samples", 0), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least {least}; raise it.")
@@ -117,6 +119,9 @@ def _records(
         if name not in sources.SOURCES:
             known = ", ".join(dict.fromkeys((*sources.SOURCES, *catalogue.BENCHMARKS)))
             raise ValueError(f"--data={args.data!r} names no source; use NAME or NAME:PATH with one of {known}.")
+        if bool(path) != (name in ("llava", "infographicvqa")):
+            rule = "needs its files: write NAME:PATH" if not path else "reads no files: leave the path out"
+            raise ValueError(f"--data={args.data!r} {rule}.")
         data = dataclasses.replace(data, source=name, path=path, image_folder=args.image_folder or "")
     split = args.split or data.eval_split or data.split
     return dataclasses.replace(config, data=data), sources.load_records(data, split), f"{data.source}, split {split}"

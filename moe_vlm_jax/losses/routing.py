@@ -54,19 +54,19 @@ def load_entropy(counts: jax.Array) -> jax.Array:
     return -jnp.sum(jax.scipy.special.xlogy(share, share)) / jnp.log(counts.shape[-1])
 
 
-def modality_counts(index: jax.Array, modality: jax.Array, valid: jax.Array, num_experts: int) -> jax.Array:
+def modality_counts(index: jax.Array, image: jax.Array, valid: jax.Array, num_experts: int) -> jax.Array:
     """Returns float32[2, E] first choices of text tokens and of image tokens.
 
     Args:
       index: int32[M, k] chosen experts, best first.
-      modality: int32[M] 0 text, 1 image.
+      image: bool[M] whether a token is an image's.
       valid: bool[M] False for padding, which is neither.
       num_experts: E.
     """
     first = jax.nn.one_hot(index[:, 0], num_experts)  # [M, E]
-    own = jax.nn.one_hot(modality, 2) * valid[:, None]  # [M, 2]
+    own = jnp.stack([valid & ~image, valid & image], axis=1)  # [M, 2]
     # A sum, not a product of matrices: those are rounded to bfloat16 on a TPU.
-    return jnp.sum(own[:, :, None] * first[:, None], axis=0)
+    return jnp.sum(jnp.where(own[:, :, None], first[:, None], 0.0), axis=0)
 
 
 def dominance(counts: jax.Array) -> jax.Array:
