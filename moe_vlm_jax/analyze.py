@@ -21,7 +21,7 @@ from flax import nnx
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import ready
-from moe_vlm_jax.analysis import figures, page, summary
+from moe_vlm_jax.analysis import drawing, page, summary
 from moe_vlm_jax.analysis import log as log_lib
 from moe_vlm_jax.data import bad_samples, records, sources
 from moe_vlm_jax.decoding import generate as generate_lib
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def analyze(args: argparse.Namespace) -> pathlib.Path:
     """Writes everything to the target and returns the page's path; faults are found before weights are read."""
-    figures.require()
+    drawing.require()
     useless = [name for name in ("tokenizer", "template", "vision", "dtype") if getattr(args, name) is not None]
     if args.workdir and useless:
         raise ValueError(f"--{useless[0]} has no effect with --workdir, whose config says it; leave it out.")
@@ -96,7 +96,9 @@ def _checkpoint(args: argparse.Namespace) -> ready.Source:
     return ready.from_checkpoint(args.checkpoint, **{name: getattr(args, name) for name in names})
 
 
-def _dense(folder: str | None, config: config_lib.ModelConfig | None) -> tuple[nnx.State, config_lib.ModelConfig] | None:
+def _dense(
+    folder: str | None, config: config_lib.ModelConfig | None
+) -> tuple[nnx.State, config_lib.ModelConfig] | None:
     """Returns the dense parent's parameters."""
     if folder is None or config is None:
         return None
@@ -163,7 +165,9 @@ def _spread(found: Sequence[records.Record], number: int) -> Sequence[records.Re
 def _read_summary(folder: str) -> dict:
     path = pathlib.Path(folder) / SUMMARY
     if not path.is_file():
-        raise ValueError(f"--compare={folder!r} has no {SUMMARY}; it takes the target of another analysis; make it first.")
+        raise ValueError(
+            f"--compare={folder!r} has no {SUMMARY}; it takes the target of another analysis; make it first."
+        )
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -1,13 +1,16 @@
 """The command line, end to end on the base that ships, and what it refuses."""
 
+import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
-from moe_vlm_jax import analyze, assets
+from moe_vlm_jax import analyze, assets, ready, tree
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.analysis import log as log_lib
+from moe_vlm_jax.hf import configs, writers
 from tests.evaluation.benchmarks import official
 
 BASE = ("--checkpoint", assets.tiny_base(), "--tokenizer", "closed", "--template", "plain_qa")
@@ -74,3 +77,31 @@ def test_a_benchmarks_questions_are_records_with_their_first_answer(tmp_path):
     assert len(found) == 6
     assert found[3].turns[0].text.startswith("<image>\nIs there a popular car in the image?")
     assert found[3].turns[1].text == "no"
+
+
+def dense_parent(folder: pathlib.Path) -> None:
+    """Writes a dense checkpoint whose first layer is the base's expert 0, and whose second is the base's."""
+    info = configs.read(assets.tiny_base())
+    params = ready.from_checkpoint(assets.tiny_base(), tokenizer="closed", template="plain_qa").load()[1]
+    values = {path: np.asarray(variable.get_value()) for path, variable in tree.leaves(params).items()}
+    config = dataclasses.replace(info.config, moe=config_lib.MoEConfig(placement="none"))
+    dense = {path: value for path, value in values.items() if not path.startswith("decoder/groups/")}
+    for path, value in values.items():
+        if path.startswith("decoder/groups/1/"):
+            leaf = path.removeprefix("decoder/groups/1/")
+            of_moe = values[f"decoder/groups/0/{leaf.replace('/mlp/', '/moe/experts/')}"]
+            first = of_moe[:, 0] if "/mlp/" in leaf else of_moe
+            dense[f"decoder/groups/0/{leaf}"] = np.concatenate([first, value])
+    writers.write(folder, dense, config, layout="moe_llava")
+
+
+def test_drift_is_from_the_dense_parent(tmp_path):
+    dense_parent(tmp_path / "dense")
+    args = ("--data", "embedded", "--num-samples", "2", "--target", str(tmp_path / "out"))
+    assert analyze.main([*BASE, *args, "--dense", str(tmp_path / "dense")]) == 0
+    (row,) = json.loads((tmp_path / "out" / "routing.json").read_text())["weights"]
+    assert row["drift"][0] == 0.0
+    # The parent is expert 0, so both figures are of the same difference.
+    ratio = np.array(row["drift"][1:]) / row["distances"][0][1:]
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
+    assert (tmp_path / "out" / "drift.png").is_file()

@@ -1,75 +1,19 @@
-"""Images of routing, drawn with matplotlib (extra 'analysis'), in colours that colour-blind people tell apart.
+"""Figures of routing.
 
-Functions take the JSON value of summary.py and return a figure; `png` turns one into bytes. Where two runs are
-given, they share axes: the first one's marks are full or solid, the second one's hatched or dashed.
+Functions take parts of the JSON value of summary.py and return a figure; drawing.py turns one into bytes. Where two
+runs are given, they share axes: the first one's marks are full or solid, the second one's hatched or dashed.
 """
 
-import functools
-import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-# Okabe & Ito, "Color Universal Design" (2008).
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
-SKY, VERMILION, YELLOW, BLACK = "#56B4E9", "#D55E00", "#F0E442", "#000000"
-EXPERTS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW, BLACK)
-TEXT, IMAGE = BLUE, ORANGE
-_GREY = "#5b6475"
-_WIDTH = 10.5  # inches: at 110 dots an inch, a page's width
-_DPI = 110
-_STYLE = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "hatch.linewidth": 0.6,
-}
+from moe_vlm_jax.analysis import drawing
 
 
-def _styled(draw: Callable[..., Any]) -> Callable[..., Any]:
-    """Draws with _STYLE, and leaves matplotlib's own settings as they are."""
-
-    @functools.wraps(draw)
-    def styled(*args, **kwargs):
-        import matplotlib
-
-        with matplotlib.rc_context(_STYLE):
-            return draw(*args, **kwargs)
-
-    return styled
-
-
-def require() -> None:
-    """Raises ValueError where matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError("figures need matplotlib; pip install 'moe_vlm_jax[analysis]'.") from error
-
-
-def png(figure: Any) -> bytes:
-    """Returns the figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    return buffer.getvalue()
-
-
-def pixels(figure: Any) -> np.ndarray:
-    """Returns the figure as uint8[H, W, 3]."""
-    from matplotlib.backends import backend_agg
-
-    figure.set_dpi(_DPI)
-    canvas = backend_agg.FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-@_styled
+@drawing.styled
 def load(runs: Mapping[str, Sequence[Mapping]], *, counting: str) -> Any:
     """Expert load: the share of each expert in the choices of a layer, one bar a run.
 
@@ -77,7 +21,7 @@ def load(runs: Mapping[str, Sequence[Mapping]], *, counting: str) -> Any:
       runs: name -> layers with 'layer' and 'load'.
       counting: which choices count, for the axis.
     """
-    figure, axes = _figure(3.9)
+    figure, axes = drawing.canvas(3.9)
     names = list(runs)
     width = 0.8 / len(names)
     layers = runs[names[0]]
@@ -87,69 +31,72 @@ def load(runs: Mapping[str, Sequence[Mapping]], *, counting: str) -> Any:
         bottom = np.zeros(len(layers))
         for e in range(num_experts):
             values = np.array([_at(layer["load"], e) for layer in runs[name]])
-            style = {"color": _expert_color(e), "edgecolor": "white", "hatch": "//" if n else None, "linewidth": 0.8}
-            axes.bar(x, values, width * 0.94, bottom=bottom, label=None if n else f"expert {e}", **style)
+            color, hatch = drawing.expert_color(e), "//" if n else None
+            label = None if n else f"expert {e}"
+            axes.bar(x, values, width * 0.94, bottom, color=color, edgecolor="white", hatch=hatch, label=label)
             if len(layers) * len(names) <= 16 and num_experts <= 8:
-                for place, value, low in zip(x, values, bottom, strict=True):
-                    if value >= 0.06:
-                        color = BLACK if _expert_color(e) in (ORANGE, SKY, YELLOW, PURPLE) else "white"
-                        box = {"facecolor": _expert_color(e), "edgecolor": "none", "pad": 1.0} if n else None
-                        axes.text(place, low + value / 2, f"{value:.0%}", ha="center", va="center", color=color, fontsize=9, bbox=box)
+                _write_shares(axes, x, values, bottom, color)
             bottom += values
     for e in range(1, num_experts):
-        axes.axhline(e / num_experts, color=BLACK, linewidth=0.7, linestyle=":")
-    _layer_axis(axes, [layer["layer"] for layer in layers])
+        axes.axhline(e / num_experts, color=drawing.BLACK, linewidth=0.7, linestyle=":")
+    drawing.layer_axis(axes, [layer["layer"] for layer in layers])
     axes.set(ylabel=f"share of choices ({counting})", ylim=(0, 1))
     axes.yaxis.set_major_formatter("{x:.1f}")
     both = f"; left: {names[0]}, right, hatched: {names[1]}" if len(names) > 1 else ""
     axes.set_title(f"Expert load; dotted: an even load{both}")
-    _legend_right(axes)
+    drawing.legend_right(axes)
     return figure
 
 
-@_styled
+@drawing.styled
 def modality_shares(layers: Sequence[Mapping], *, counting: str) -> Any:
     """Text and image in each expert's tokens, as if there were as much text as image."""
-    figure, axes = _figure(3.6)
+    figure, axes = drawing.canvas(3.6)
     place, ticks, names, starts = 0.0, [], [], []
     for layer in layers:
         starts.append((place, len(layer["text_share"]), layer["layer"]))
         for e, share in enumerate(layer["text_share"]):
             if share is None:
-                axes.text(place, 0.5, "never chosen", rotation=90, ha="center", va="center", color=_GREY, fontsize=9)
+                axes.text(
+                    place, 0.5, "never chosen", rotation=90, ha="center", va="center", color=drawing.GREY, fontsize=9
+                )
             else:
-                axes.bar(place, share, 0.86, color=TEXT)
-                axes.bar(place, 1 - share, 0.86, bottom=share, color=IMAGE)
+                axes.bar(place, share, 0.86, color=drawing.TEXT)
+                axes.bar(place, 1 - share, 0.86, bottom=share, color=drawing.IMAGE)
             ticks.append(place)
             names.append(str(e))
             place += 1
         place += 0.8
-    axes.bar([0], [0], color=TEXT, label="text")
-    axes.bar([0], [0], color=IMAGE, label="image")
-    axes.axhline(0.5, color=BLACK, linewidth=0.9, linestyle=":")
+    axes.bar([0], [0], color=drawing.TEXT, label="text")
+    axes.bar([0], [0], color=drawing.IMAGE, label="image")
+    axes.axhline(0.5, color=drawing.BLACK, linewidth=0.9, linestyle=":")
     for start, count, layer in starts:
-        axes.text(start + (count - 1) / 2, 1.02, f"layer {layer}" if len(layers) <= 8 else layer, ha="center", va="bottom")
+        axes.text(
+            start + (count - 1) / 2, 1.02, f"layer {layer}" if len(layers) <= 8 else layer, ha="center", va="bottom"
+        )
     axes.set_xticks(ticks, names if len(names) <= 80 else [""] * len(names))
     axes.tick_params(axis="x", labelsize=11 if len(names) <= 40 else 9)
-    axes.set(ylabel=f"share of tokens\n(equal lengths, {counting})", xlabel="expert", ylim=(0, 1), xlim=(-0.8, place - 1))
-    _legend_right(axes)
+    axes.set(
+        ylabel=f"share of tokens\n(equal lengths, {counting})", xlabel="expert", ylim=(0, 1), xlim=(-0.8, place - 1)
+    )
+    drawing.legend_right(axes)
     return figure
 
 
-@_styled
+@drawing.styled
 def preferences(layers: Sequence[Mapping], *, counting: str) -> Any:
     """P(expert | text) beside P(expert | image) for each layer, and how far apart they are."""
     columns = min(4, len(layers))
     rows = math.ceil(len(layers) / columns)
-    figure, grid = _grid(0.7 + 2.1 * rows, rows, columns)
+    figure, grid = drawing.grid(0.7 + 2.1 * rows, rows, columns)
     for i, axes in enumerate(grid.flat):
         if i >= len(layers):
             axes.set_visible(False)
             continue
         layer, x = layers[i], np.arange(len(layers[i]["load"]))
-        axes.bar(x - 0.2, _numbers(layer["p_text"]), 0.38, color=TEXT, label="text")
-        axes.bar(x + 0.2, _numbers(layer["p_image"]), 0.38, color=IMAGE, label="image")
-        axes.axhline(1 / len(x), color=BLACK, linewidth=0.7, linestyle=":")
+        axes.bar(x - 0.2, _numbers(layer["p_text"]), 0.38, color=drawing.TEXT, label="text")
+        axes.bar(x + 0.2, _numbers(layer["p_image"]), 0.38, color=drawing.IMAGE, label="image")
+        axes.axhline(1 / len(x), color=drawing.BLACK, linewidth=0.7, linestyle=":")
         bits = layer["divergence_bits"]
         axes.set_title(f"layer {layer['layer']}: " + ("one modality only" if bits is None else f"{bits:.3f} bit apart"))
         axes.set(ylim=(0, 1), xticks=x if len(x) <= 16 else [])
@@ -161,10 +108,10 @@ def preferences(layers: Sequence[Mapping], *, counting: str) -> Any:
     return figure
 
 
-@_styled
+@drawing.styled
 def layer_figures(runs: Mapping[str, Sequence[Mapping]]) -> Any:
     """Evenness of the load, rule of one expert, and divergence of text and image, over the layers."""
-    figure, grid = _grid(3.5, 1, 3)
+    figure, grid = drawing.grid(3.5, 1, 3)
     panels = (
         ("load_entropy", "load entropy (1 = even)", 1.0),
         ("dominance", "dominance of one expert (0 = even)", 1.0),
@@ -173,7 +120,9 @@ def layer_figures(runs: Mapping[str, Sequence[Mapping]]) -> Any:
     for axes, (key, label, top) in zip(grid.flat, panels, strict=True):
         for n, (name, layers) in enumerate(runs.items()):
             x, y = [layer["layer"] for layer in layers], _numbers([layer[key] for layer in layers])
-            axes.plot(x, y, "s--" if n else "o-", color=VERMILION if n else BLUE, label=name, clip_on=False)
+            axes.plot(
+                x, y, "s--" if n else "o-", color=drawing.VERMILION if n else drawing.BLUE, label=name, clip_on=False
+            )
         axes.set(title=label, xlabel="decoder layer", ylim=(0, top))
         axes.set_ylim(bottom=0)
         if top is None:
@@ -185,7 +134,7 @@ def layer_figures(runs: Mapping[str, Sequence[Mapping]]) -> Any:
     return figure
 
 
-@_styled
+@drawing.styled
 def information(layers: Sequence[Mapping], *, names: Mapping[str, str], counting: str) -> Any:
     """Mutual information of the expert and each kind of class, with the level that chance alone would give.
 
@@ -194,22 +143,29 @@ def information(layers: Sequence[Mapping], *, names: Mapping[str, str], counting
       names: key of a kind of class -> words for the legend.
       counting: which choices count.
     """
-    figure, axes = _figure(3.4)
+    figure, axes = drawing.canvas(3.4)
     width = 0.8 / len(names)
     for n, (key, label) in enumerate(names.items()):
         x = np.arange(len(layers)) + (n - (len(names) - 1) / 2) * width
         found = [layer["information"][key] for layer in layers]
-        axes.bar(x, [row["bits"] for row in found], width * 0.9, color=EXPERTS[n], label=label)
+        axes.bar(x, [row["bits"] for row in found], width * 0.9, color=drawing.EXPERTS[n], label=label)
         chance = [row["chance"] for row in found]
-        axes.hlines(chance, x - width * 0.45, x + width * 0.45, color=BLACK, linewidth=1.4, label=None if n else "chance")
-    _layer_axis(axes, [layer["layer"] for layer in layers])
+        axes.hlines(
+            chance,
+            x - width * 0.45,
+            x + width * 0.45,
+            color=drawing.BLACK,
+            linewidth=1.4,
+            label=None if n else "chance",
+        )
+    drawing.layer_axis(axes, [layer["layer"] for layer in layers])
     axes.set(ylabel=f"mutual information (bit)\nwith the expert, {counting}")
     axes.set_ylim(0, max(0.02, 1.1 * axes.get_ylim()[1]))
-    _legend_right(axes)
+    drawing.legend_right(axes)
     return figure
 
 
-@_styled
+@drawing.styled
 def classes(layers: Sequence[Mapping], *, names: Mapping[str, Sequence[str]]) -> Any:
     """P(expert | class) of every class that has tokens, all layers side by side.
 
@@ -226,11 +182,13 @@ def classes(layers: Sequence[Mapping], *, names: Mapping[str, Sequence[str]]) ->
                 labels.append(f"{word} ({tokens})")
         ends.append(len(rows))
     values = np.stack(rows)
-    figure, axes = _figure(1.2 + 0.27 * len(rows))
+    figure, axes = drawing.canvas(1.2 + 0.27 * len(rows))
     image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
     if values.shape[1] <= 24:
         for (r, c), value in np.ndenumerate(values):
-            axes.text(c, r, f"{value:.2f}", ha="center", va="center", fontsize=9, color="white" if value < 0.55 else "black")
+            axes.text(
+                c, r, f"{value:.2f}", ha="center", va="center", fontsize=9, color="white" if value < 0.55 else "black"
+            )
     edges = np.cumsum([len(layer["load"]) for layer in layers])
     for edge in edges[:-1]:
         axes.axvline(edge - 0.5, color="white", linewidth=3)
@@ -241,13 +199,15 @@ def classes(layers: Sequence[Mapping], *, names: Mapping[str, Sequence[str]]) ->
     axes.set_xticks(range(len(experts)), experts if len(experts) <= 80 else [""] * len(experts))
     for edge, layer in zip(edges, layers, strict=True):
         middle = edge - len(layer["load"]) / 2 - 0.5
-        axes.text(middle, -0.7, f"layer {layer['layer']}" if len(layers) <= 10 else layer["layer"], ha="center", va="bottom")
+        axes.text(
+            middle, -0.7, f"layer {layer['layer']}" if len(layers) <= 10 else layer["layer"], ha="center", va="bottom"
+        )
     axes.set(xlabel="expert", ylabel="class (tokens)")
     figure.colorbar(image, ax=axes, label="P(expert | class)", pad=0.01)
     return figure
 
 
-@_styled
+@drawing.styled
 def paths(found: Mapping[str, Any], layers: Sequence[int], num_experts: int) -> Any:
     """The most frequent paths through the layers, the wider the more tokens take them."""
     lines = [np.asarray(path) for path in found["paths"]]
@@ -262,50 +222,57 @@ def paths(found: Mapping[str, Any], layers: Sequence[int], num_experts: int) -> 
     for rank in reversed(range(len(lines))):
         shift = (rank - (len(lines) - 1) / 2) * 0.045  # equal steps of several paths stay visible
         width = 1.2 + 4 * np.sqrt(counts[rank] / counts[0])
-        color, style = EXPERTS[rank % len(EXPERTS)], "-" if rank < len(EXPERTS) else "--"
+        color, style = drawing.EXPERTS[rank % len(drawing.EXPERTS)], "-" if rank < len(drawing.EXPERTS) else "--"
         for line in (first[rank], *others[rank]):
             axes.plot(range(len(layers)), line + shift, f"o{style}", color=color, linewidth=width, markersize=width + 2)
         axes.plot([], [], style, color=color, linewidth=width, label=labels[rank])
-    _legend_right(axes, reverse=True)
+    drawing.legend_right(axes, reverse=True)
     return figure
 
 
-@_styled
+@drawing.styled
 def pca_paths(found: Sequence[Sequence[int]], layers: Sequence[int], num_experts: int) -> Any:
     """The published view: components of a PCA over expert numbers, the first two in colour; no paths of tokens."""
     figure, axes = _bump(layers, num_experts)
     for n, line in reversed(list(enumerate(found[:10]))):
         shift = (n - (min(10, len(found)) - 1) / 2) * 0.045
-        color, width = ((BLUE, 4.5), (ORANGE, 4.5))[n] if n < 2 else ("#9aa4b5", 1.8)
+        color, width = ((drawing.BLUE, 4.5), (drawing.ORANGE, 4.5))[n] if n < 2 else ("#9aa4b5", 1.8)
         label = f"component {n + 1}" if n < 2 else ("further components" if n == 2 else None)
         axes.plot(range(len(layers)), np.asarray(line) + shift, "o-", color=color, linewidth=width, label=label)
-    _legend_right(axes, reverse=True)
+    drawing.legend_right(axes, reverse=True)
     return figure
 
 
-@_styled
+@drawing.styled
 def drift(rows: Sequence[Mapping]) -> Any:
     """How far each expert is from the dense feed-forward that it was copied from."""
-    figure, axes = _figure(3.2)
+    figure, axes = drawing.canvas(3.2)
     for e in range(max(len(row["drift"]) for row in rows)):
         shift = 0.12 * (e - (len(rows[0]["drift"]) - 1) / 2)
         values = [_at(row["drift"], e) for row in rows]
         marks = "osD^vP*X"[e % 8]
-        axes.plot(np.arange(len(rows)) + shift, values, marks, color=_expert_color(e), markersize=9, label=f"expert {e}")
-    _layer_axis(axes, [row["layer"] for row in rows])
+        axes.plot(
+            np.arange(len(rows)) + shift,
+            values,
+            marks,
+            color=drawing.expert_color(e),
+            markersize=9,
+            label=f"expert {e}",
+        )
+    drawing.layer_axis(axes, [row["layer"] for row in rows])
     axes.set(ylabel="distance from the dense parent\n‖expert − parent‖ / ‖parent‖")
     axes.set_ylim(0, max(1e-3, 1.15 * axes.get_ylim()[1]))
     axes.grid(axis="y", color="#d9dee7", linewidth=0.7)
-    _legend_right(axes)
+    drawing.legend_right(axes)
     return figure
 
 
-@_styled
+@drawing.styled
 def distances(rows: Sequence[Mapping]) -> Any:
     """How far the experts of a layer are from each other."""
     columns = 4  # one layer alone is no larger than one of many
     lines = math.ceil(len(rows) / columns)
-    figure, grid = _grid(0.4 + 2.5 * lines, lines, columns)
+    figure, grid = drawing.grid(0.4 + 2.5 * lines, lines, columns)
     top = max(1e-6, max(float(np.max(row["distances"])) for row in rows))
     image = None
     for i, axes in enumerate(grid.flat):
@@ -325,32 +292,30 @@ def distances(rows: Sequence[Mapping]) -> Any:
     return figure
 
 
-@_styled
+@drawing.styled
 def curves(found: Mapping[str, Mapping]) -> Any:
     """What a run logged about its tokens' gradients, over the steps."""
-    figure, axes = _figure(3.4)
+    figure, axes = drawing.canvas(3.4)
     for n, (name, curve) in enumerate(sorted(found.items())):
-        style = ("-", "--", ":", "-.")[n // len(EXPERTS) % 4]
-        axes.plot(curve["steps"], curve["values"], style, color=EXPERTS[n % len(EXPERTS)], label=name)
+        style = ("-", "--", ":", "-.")[n // len(drawing.EXPERTS) % 4]
+        axes.plot(curve["steps"], curve["values"], style, color=drawing.EXPERTS[n % len(drawing.EXPERTS)], label=name)
     axes.set(xlabel="training step", ylabel="value")
-    _legend_right(axes)
+    drawing.legend_right(axes)
     return figure
 
 
-def _figure(height: float) -> tuple[Any, Any]:
-    figure, grid = _grid(height, 1, 1)
-    return figure, grid[0, 0]
-
-
-def _grid(height: float, rows: int, columns: int) -> tuple[Any, np.ndarray]:
-    from matplotlib import figure as figure_lib
-
-    figure = figure_lib.Figure(figsize=(_WIDTH, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+def _write_shares(axes: Any, x: np.ndarray, values: np.ndarray, bottom: np.ndarray, color: str) -> None:
+    """Writes shares into stacked bars, where there is room for them."""
+    light = color in (drawing.ORANGE, drawing.SKY, drawing.YELLOW, drawing.PURPLE)
+    style = {"ha": "center", "va": "center", "fontsize": 9, "color": "black" if light else "white"}
+    box = {"facecolor": color, "edgecolor": "none", "pad": 1.0}  # over a hatch
+    for place, value, low in zip(x, values, bottom, strict=True):
+        if value >= 0.06:
+            axes.text(place, low + value / 2, f"{value:.0%}", bbox=box, **style)
 
 
 def _bump(layers: Sequence[int], num_experts: int) -> tuple[Any, Any]:
-    figure, axes = _figure(1.2 + 0.75 * num_experts if num_experts <= 8 else 7.5)
+    figure, axes = drawing.canvas(1.2 + 0.75 * num_experts if num_experts <= 8 else 7.5)
     axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
     axes.set_yticks(range(num_experts) if num_experts <= 16 else range(0, num_experts, 8))
     axes.set(xlabel="decoder layer", ylabel="expert", ylim=(-0.5, num_experts - 0.5))
@@ -358,24 +323,8 @@ def _bump(layers: Sequence[int], num_experts: int) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _legend_right(axes: Any, *, reverse: bool = False) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    order = slice(None, None, -1) if reverse else slice(None)
-    axes.legend(handles[order], labels[order], loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-
-
-def _layer_axis(axes: Any, layers: Sequence[int]) -> None:
-    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
-    room = 0.5 + max(0, 4 - len(layers)) / 2  # bars of few layers are no walls
-    axes.set(xlabel="decoder layer", xlim=(-room, len(layers) - 1 + room))
-
-
 def _thinned(layers: Sequence[int]) -> Sequence[int]:
     return layers[:: math.ceil(len(layers) / 8)]
-
-
-def _expert_color(e: int) -> str:
-    return EXPERTS[e % len(EXPERTS)]
 
 
 def _at(values: Sequence[float | None], e: int) -> float:

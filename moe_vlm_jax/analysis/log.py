@@ -133,7 +133,9 @@ def load(path: str | os.PathLike) -> RoutingLog:
         with np.load(path, allow_pickle=False) as file:
             fields = {name: file[name] for name in file.files}
     except (OSError, ValueError) as error:
-        raise ValueError(f"{os.fspath(path)!r} is no routing log ({error}); make one with moe_vlm_jax.analyze.") from error
+        raise ValueError(
+            f"{os.fspath(path)!r} is no routing log ({error}); make one with moe_vlm_jax.analyze."
+        ) from error
     written = int(fields.pop("format", np.array(0)))
     if written != FORMAT:
         raise ValueError(f"{os.fspath(path)!r} has format {written}, this version reads {FORMAT}; make it again.")

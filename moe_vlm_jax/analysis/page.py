@@ -7,10 +7,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from moe_vlm_jax.analysis import figures, summary
+from moe_vlm_jax.analysis import drawing, figures, summary
 from moe_vlm_jax.evaluation import markup, report
 
-_NAMES = {
+_KINDS_OF_CLASS = {
     "modality": "modality, all tokens",
     "part": "part of the answer, text",
     "kind": "kind of word, text",
@@ -47,26 +47,24 @@ def draw(found: Mapping[str, Any], *, counting: str, other: Mapping[str, Any] | 
             )
         name = other["about"]["name"]
         runs[name if name not in runs else f"{name} (2)"] = other["counting"][counting]["layers"]
-    words = {key: names for key, (names, _) in summary.CLASSES.items()}
-    images = [
-        ("load", "Expert load", _LOAD, figures.load(runs, counting=counting)),
-        ("layers", "Evenness, dominance, divergence", _LAYERS, figures.layer_figures(runs)),
-        ("modality", "Text and image in each expert", _MODALITY, figures.modality_shares(layers, counting=counting)),
-        ("preference", "Experts of text, experts of images", _PREFERENCE, figures.preferences(layers, counting=counting)),
-        ("information", "What experts specialise in", _INFORMATION, figures.information(layers, names=_NAMES, counting=counting)),
-        ("classes", "Experts by class of token", _CLASSES, figures.classes(layers, names=words)),
-        ("paths", "Activated pathways", _PATHS, figures.paths(counted["paths"], numbers, num_experts)),
-    ]  # fmt: skip
-    if len(found["pca_paths"]):
-        images.append(("paths_pca", "Pathways as published", _PCA, figures.pca_paths(found["pca_paths"], numbers, num_experts)))
+    drawn = {
+        "load": figures.load(runs, counting=counting),
+        "layers": figures.layer_figures(runs),
+        "modality": figures.modality_shares(layers, counting=counting),
+        "preference": figures.preferences(layers, counting=counting),
+        "information": figures.information(layers, names=_KINDS_OF_CLASS, counting=counting),
+        "classes": figures.classes(layers, names={key: names for key, (names, _) in summary.CLASSES.items()}),
+        "paths": figures.paths(counted["paths"], numbers, num_experts),
+    }
+    if found["pca_paths"]:
+        drawn["paths_pca"] = figures.pca_paths(found["pca_paths"], numbers, num_experts)
     if found["weights"]:
-        images.append(("distances", "Experts from each other", _DISTANCES, figures.distances(found["weights"])))
+        drawn["distances"] = figures.distances(found["weights"])
         if all(row["drift"] is not None for row in found["weights"]):
-            images.append(("drift", "Experts from their dense parent", _DRIFT, figures.drift(found["weights"])))
+            drawn["drift"] = figures.drift(found["weights"])
     if found["gradient_consistency"]:
-        curves = figures.curves(found["gradient_consistency"])
-        images.append(("gradients", "Tokens' gradients in training", _GRADIENTS, curves))
-    return [Image(name, title, text, figures.png(figure)) for name, title, text, figure in images]
+        drawn["gradients"] = figures.curves(found["gradient_consistency"])
+    return [Image(name, *_TEXTS[name], drawing.png(figure)) for name, figure in drawn.items()]
 
 
 def write(
@@ -180,30 +178,61 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-_LOAD = "Share of each expert in what a layer's tokens choose, text and image together."
-_LAYERS = (
-    "Load entropy is over its greatest value. Dominance is how far the most chosen expert stands above an even load: 1 "
-    "means that every token chooses it. Text against image is the Jensen-Shannon divergence of their experts: 0 means "
-    "alike, 1 bit means that they share no expert."
-)
-_MODALITY = (
-    "Of the tokens of each expert, how many would be text and how many image if a sample had as many of one as of the "
-    "other. At the dotted line an expert prefers neither."
-)
-_PREFERENCE = "Where a token of each modality goes, layer by layer; dotted: an even load."
-_INFORMATION = (
-    "How many bits the expert of a token tells about its class. Black lines are what independent draws of as many "
-    "tokens would show; tokens of one sample are not independent, so bars near them mean nothing."
-)
-_CLASSES = "Where the tokens of each class go. A class belongs to the token that enters the layer."
-_PATHS = "The ten most frequent sequences of experts through the MoE layers, counted exactly; equal steps lie side by side."
-_PCA = (
-    "The view of the MoE-LLaVA paper: a PCA of experts' numbers, components scaled and cut into experts. Numbers of "
-    "experts are no quantities, so lines are directions of variation and not paths that tokens take."
-)
-_DISTANCES = "Norm of the difference of two experts' weights over an expert's norm: 0 means equal, 1.41 unrelated."
-_DRIFT = "How far training has moved each expert from the dense feed-forward that it was copied from."
-_GRADIENTS = "What the run logged about the gradients of the tokens of an expert."
+# Image -> its title, and what it shows.
+_TEXTS = {
+    "load": (
+        "Expert load",
+        "Share of each expert in what a layer's tokens choose, text and image together.",
+    ),
+    "layers": (
+        "Evenness, dominance, divergence",
+        "Load entropy is over its greatest value. Dominance is how far the most chosen expert stands above an"
+        " even load: 1 means that every token chooses it. Text against image is the Jensen-Shannon divergence"
+        " of their experts: 0 means alike, 1 bit means that they share no expert.",
+    ),
+    "modality": (
+        "Text and image in each expert",
+        "Of the tokens of each expert, how many would be text and how many image if a sample had as many of "
+        "one as of the other. At the dotted line an expert prefers neither.",
+    ),
+    "preference": (
+        "Experts of text, experts of images",
+        "Where a token of each modality goes, layer by layer; dotted: an even load.",
+    ),
+    "information": (
+        "What experts specialise in",
+        "How many bits the expert of a token tells about its class. Black lines are what independent draws of"
+        " as many tokens would show; tokens of one sample are not independent, so bars near them mean "
+        "nothing.",
+    ),
+    "classes": (
+        "Experts by class of token",
+        "Where the tokens of each class go. A class belongs to the token that enters the layer.",
+    ),
+    "paths": (
+        "Activated pathways",
+        "The ten most frequent sequences of experts through the MoE layers, counted exactly; equal steps lie "
+        "side by side.",
+    ),
+    "paths_pca": (
+        "Pathways as published",
+        "The view of the MoE-LLaVA paper: a PCA of experts' numbers, components scaled and cut into experts. "
+        "Numbers of experts are no quantities, so lines are directions of variation and not paths that tokens"
+        " take.",
+    ),
+    "distances": (
+        "Experts from each other",
+        "Norm of the difference of two experts' weights over an expert's norm: 0 means equal, 1.41 unrelated.",
+    ),
+    "drift": (
+        "Experts from their dense parent",
+        "How far training has moved each expert from the dense feed-forward that it was copied from.",
+    ),
+    "gradients": (
+        "Tokens' gradients in training",
+        "What the run logged about the gradients of the tokens of an expert.",
+    ),
+}
 _STYLE = """\
 section { margin: 0 0 1.5rem; }
 section img { border-radius: 8px; }

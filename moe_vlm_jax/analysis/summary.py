@@ -38,7 +38,9 @@ def summarize(log: log_lib.RoutingLog) -> dict[str, Any]:
         "tokens": {"text": int((~image).sum()), "image": int(image.sum())},
         "top_k": log.index.shape[-1],
         "counting": {name: _counted(log, top) for name, top in countings.items()},
-        "router_entropy_bits": [_router_entropy(p[:, :count]) for p, count in zip(log.probs, log.num_experts, strict=True)],
+        "router_entropy_bits": [
+            _router_entropy(p[:, :count]) for p, count in zip(log.probs, log.num_experts, strict=True)
+        ],
         "pca_paths": statistics.pca_paths(first, int(log.num_experts.max())).tolist(),
         "thresholds": {"dominated": DOMINATED, "alike_bits": ALIKE, "apart_bits": APART},
     }

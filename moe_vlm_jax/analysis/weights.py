@@ -48,7 +48,10 @@ def drift(experts: Mapping[str, np.ndarray], dense: Mapping[str, np.ndarray]) ->
 
 
 def distances(experts: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns float[E, E] ||W_i - W_j|| over the root mean square of the experts' norms: 0 = equal, 1.41 = unrelated."""
+    """Returns float[E, E] ||W_i - W_j|| over the root mean square of the experts' norms.
+
+    0 = equal, 1.41 = unrelated.
+    """
     count = next(iter(experts.values())).shape[0]
     size = np.sqrt(np.mean(sum(_squares(value) for value in experts.values())))
     found = np.zeros((count, count))

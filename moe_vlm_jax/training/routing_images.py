@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax.analysis import figures
+from moe_vlm_jax.analysis import drawing, figures
 
 
 def draw(metrics: Mapping[str, Any], model: config_lib.ModelConfig) -> dict[str, np.ndarray]:
@@ -33,4 +33,4 @@ def draw(metrics: Mapping[str, Any], model: config_lib.ModelConfig) -> dict[str,
         "router/expert_load": figures.load({"this step": layers}, counting="top-1"),
         "router/modality_preference": figures.preferences(layers, counting="top-1"),
     }
-    return {name: figures.pixels(figure) for name, figure in drawn.items()}
+    return {name: drawing.pixels(figure) for name, figure in drawn.items()}

@@ -17,7 +17,7 @@ from moe_vlm_jax.models import vlm
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import state as state_lib
 
-Metrics = dict[str, Any]  # arrays; 'counts', 'modality_counts' and 'dropped' are tuples, one array a layer, inside a step
+Metrics = dict[str, Any]  # arrays; inside a step also tuples of one a layer: counts, modality_counts, dropped
 # (state, frozen, batch, reference=None): the reference has the form of state.trainable.
 TrainStep = Callable[..., tuple[state_lib.TrainState, Metrics]]
 

@@ -40,7 +40,7 @@ def log(made):
 
 
 def test_the_log_is_what_the_model_routes_for_each_sample_alone(made, log):
-    config, found, _, (graphdef, params, tokenizer, transform) = made
+    _, found, _, (graphdef, params, tokenizer, transform) = made
     assert log.sample_ids.tolist() == [record.id for record in found]
     for i in (0, 5):
         example = tokenize.encode(found[i], tokenizer, "plain_qa", max_text_tokens=40)

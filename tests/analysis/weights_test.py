@@ -21,9 +21,7 @@ def upcycled(noise: float = 0.0):
     parent, initial = (examples.random_model(config, seed=seed)[1] for config, seed in ((dense, 1), (moe, 2)))
     experts = (dense.layer_experts, moe.layer_experts)
     key = jax.random.key(0)
-    grown = upcycling.upcycle(
-        parent, initial, dense_experts=experts[0], moe_experts=experts[1], noise=noise, key=key
-    )
+    grown = upcycling.upcycle(parent, initial, dense_experts=experts[0], moe_experts=experts[1], noise=noise, key=key)
     return (grown, moe), (parent, dense)
 
 

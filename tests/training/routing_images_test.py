@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from moe_vlm_jax.analysis import figures
+from moe_vlm_jax.analysis import drawing
 from moe_vlm_jax.training import loop, routing_images, setup
 from tests.training import examples
 
@@ -58,7 +58,7 @@ def test_a_missing_matplotlib_is_found_before_anything_is_read(tmp_path, monkeyp
     def missing() -> None:
         raise ValueError("figures need matplotlib")
 
-    monkeypatch.setattr(figures, "require", missing)
+    monkeypatch.setattr(drawing, "require", missing)
     config = examples.run_config(tmp_path, routing_images_every=2)
     with pytest.raises(ValueError, match="figures need matplotlib"):
         setup.make_run(config, tmp_path / "run")
