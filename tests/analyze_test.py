@@ -11,7 +11,9 @@ from moe_vlm_jax import analyze, assets, ready, tree
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.analysis import log as log_lib
 from moe_vlm_jax.hf import configs, writers
+from moe_vlm_jax.training import loop, setup
 from tests.evaluation.benchmarks import official
+from tests.training import examples
 
 BASE = ("--checkpoint", assets.tiny_base(), "--tokenizer", "closed", "--template", "plain_qa")
 
@@ -105,3 +107,18 @@ def test_drift_is_from_the_dense_parent(tmp_path):
     ratio = np.array(row["drift"][1:]) / row["distances"][0][1:]
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
     assert (tmp_path / "out" / "drift.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_runs_own_held_out_questions_and_logged_gradients_are_shown(tmp_path):
+    config = examples.run_config(tmp_path / "images", max_steps=1)
+    run, state = setup.make_run(config, tmp_path / "run")
+    loop.fit(run, setup.start(run, state))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 1, "stgc/consistency/0": 0.5}) + "\n")
+    assert analyze.main(["--workdir", str(tmp_path / "run"), "--num-samples", "3"]) == 0
+    found = json.loads((tmp_path / "run" / "analysis" / "routing.json").read_text())
+    assert found["about"]["data"] == "embedded, split val"
+    assert found["samples"] == 3
+    assert found["gradient_consistency"] == {"stgc/consistency/0": {"steps": [1], "values": [0.5]}}
+    assert (tmp_path / "run" / "analysis" / "gradients.png").is_file()

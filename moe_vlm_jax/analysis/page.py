@@ -98,8 +98,8 @@ def write(
     about = found["about"]
     note = (
         f"{found['samples']} samples of {about['data']}, {found['tokens']['text']} text and {found['tokens']['image']} "
-        f"image tokens, with the accepted answers behind the questions. {counting} choices of experts are counted; "
-        "routing.json has the others too."
+        f"image tokens, with the accepted answers behind the questions. Counted are {counting} choices of "
+        "experts; routing.json has the others too."
     )
     path = folder / "routing.html"
     text = markup.document(title=f"Routing of {about['name']}", note=note, style=_STYLE, body=body)

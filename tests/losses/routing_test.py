@@ -41,8 +41,8 @@ def test_load_entropy_is_one_when_even_and_zero_when_all_go_to_one(counts, entro
 
 
 def test_counts_by_modality_are_of_first_choices_and_leave_padding_out():
-    index = jnp.array([[0, 1], [0, 2], [2, 0], [1, 0], [1, 2]])
-    image, valid = jnp.array([0, 1, 1, 0, 0], bool), jnp.array([True, True, True, True, False])
+    index = jnp.array([[0, 1], [0, 2], [2, 0], [1, 0], [1, 2], [1, 2]])
+    image, valid = jnp.array([0, 1, 1, 0, 0, 1], bool), jnp.arange(6) < 4
     found = routing.modality_counts(index, image, valid, 3)
     np.testing.assert_array_equal(found, [[1, 1, 0], [1, 0, 1]])
 
