@@ -245,6 +245,9 @@ class TrainingConfig:
     max_steps: int = 0  # > 0 replaces epochs
     loss_chunk: int = 1024  # tokens whose logits exist at one time on a device that holds rows; 0: all at once
     log_every: int = 10
+    # Steps between images of the routing in TensorBoard (they take the extra 'analysis'); 0: none. Figures of it are
+    # written every log_every steps anyway.
+    routing_images_every: int = 0
     checkpoint_every: int = 200
     checkpoint_seconds: float = 0.0  # also save when this many seconds have passed; 0: never
     keep_checkpoints: int = 2

@@ -76,7 +76,7 @@ RANGES: dict[tuple[float | None, float | None, bool], dict[str, str]] = {
         "model.lora": "rank",
         "data": "num_images images_per_row num_workers",
         "optimizer": "learning_rate muon_learning_rate weight_decay",
-        "training": "max_steps loss_chunk checkpoint_seconds upcycling_noise",
+        "training": "max_steps loss_chunk checkpoint_seconds upcycling_noise routing_images_every",
         "generation": "temperature top_k",
         "preference": "gamma sft_coef",
         "evaluation": "max_questions every_steps page_samples",

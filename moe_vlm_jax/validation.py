@@ -290,7 +290,9 @@ def _training(config: config_lib.RunConfig) -> Iterator[str]:
             "of a checkpoint."
         )
     if config.model.moe.placement == "none" and not config.model.moe.layers:
-        yield from _no_effect(training, "training", "upcycling_noise", "in a model without experts")
+        yield from _no_effect(
+            training, "training", "upcycling_noise routing_images_every", "in a model without experts"
+        )
     if training.adapter and config.model.lora.rank == 0:
         yield f"training.adapter={training.adapter!r} has no place with model.lora.rank=0; set model.lora as there."
     if config.optimizer.name != "muon":

@@ -157,6 +157,10 @@ MISTAKES = {
         "final_ratio=0.1 has no effect",
     ),
     "top p": ({"generation__top_p": 0.5}, "top_p=0.5 has no effect with generation.temperature=0 (greedy)"),
+    "no routing": (
+        {"model__moe__placement": "none", "training__routing_images_every": 5},
+        "training.routing_images_every=5 has no effect",
+    ),
     "no evaluation": ({"data__eval_split": "", "evaluation__every_steps": 5}, "evaluation.every_steps=5 has no effect"),
     "base parts": ({"training__base_vision": "x"}, "base_vision='x' has no effect without training.base"),
     "quant alone": ({"model__quant__block": 32}, "model.quant.block=32 has no effect with model.quant.kind='none'"),

@@ -52,3 +52,45 @@ def load_entropy(counts: jax.Array) -> jax.Array:
         return jnp.ones((), jnp.float32)
     share = counts / jnp.maximum(counts.sum(), 1.0)
     return -jnp.sum(jax.scipy.special.xlogy(share, share)) / jnp.log(counts.shape[-1])
+
+
+def modality_counts(index: jax.Array, image: jax.Array, valid: jax.Array, num_experts: int) -> jax.Array:
+    """Returns float32[2, E] first choices of text tokens and of image tokens.
+
+    Args:
+      index: int32[M, k] chosen experts, best first.
+      image: bool[M] whether a token is an image's.
+      valid: bool[M] False for padding, which is neither.
+      num_experts: E.
+    """
+    first = jax.nn.one_hot(index[:, 0], num_experts)  # [M, E]
+    own = jnp.stack([valid & ~image, valid & image], axis=1)  # [M, 2]
+    # A sum, not a product of matrices: those are rounded to bfloat16 on a TPU.
+    return jnp.sum(jnp.where(own[:, :, None], first[:, None], 0.0), axis=0)
+
+
+def dominance(counts: jax.Array) -> jax.Array:
+    """Returns how far the expert with most tokens stands above an even load: 0 = even, 1 = it has all.
+
+    Args:
+      counts: float32[E] tokens per expert, one choice each.
+    """
+    if counts.shape[-1] == 1:
+        return jnp.zeros((), jnp.float32)
+    even = 1.0 / counts.shape[-1]
+    largest = jnp.max(counts) / jnp.maximum(counts.sum(), 1.0)
+    return jnp.maximum(largest - even, 0.0) / (1.0 - even)
+
+
+def modality_divergence(counts: jax.Array) -> jax.Array:
+    """Returns float32[] the Jensen-Shannon divergence of the experts of text and of images in bits.
+
+    0 = alike, 1 = they share no expert; NaN where a batch has one modality only.
+
+    Args:
+      counts: float32[2, E] of `modality_counts`.
+    """
+    p = counts / counts.sum(-1, keepdims=True)  # 0 / 0 is the NaN
+    middle = p.mean(0)
+    entropies = -jnp.sum(jax.scipy.special.xlogy(p, p), axis=-1)
+    return (-jnp.sum(jax.scipy.special.xlogy(middle, middle)) - entropies.mean()) / jnp.log(2.0)

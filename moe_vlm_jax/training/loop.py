@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from moe_vlm_jax import distributed
 from moe_vlm_jax.training import metrics as metrics_lib
+from moe_vlm_jax.training import routing_images
 from moe_vlm_jax.training import setup as setup_lib
 from moe_vlm_jax.training import state as state_lib
 
@@ -140,6 +141,12 @@ class _Clock:
                 f"{self._run.checkpoints.latest_step() or 0}."
             )
         self._writer.advance(pending.step)
+        every = self._run.config.training.routing_images_every
+        if every and pending.step % every == 0 and self._writer.active:
+            with self.paused():
+                drawn = routing_images.draw(jax.device_get(pending.metrics), self._run.config.model)
+                for name, image in drawn.items():
+                    self._writer.write_image(pending.step, name, image)
         if pending.step % self._run.config.training.log_every and pending.step != self._run.num_steps:
             return
         values = {k: v for k, v in jax.device_get(pending.metrics).items() if k != "train/finite"}

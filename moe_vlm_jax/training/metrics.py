@@ -122,6 +122,16 @@ class Writer:
         if "train/loss" in values:
             self._report(step, values)
 
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes an image uint8[H, W, 3] to TensorBoard."""
+        if self._active:
+            self._board.add_image(name, image, step, dataformats="HWC")
+
+    @property
+    def active(self) -> bool:
+        """Whether this process writes."""
+        return self._active
+
     def _report(self, step: int, values: Mapping[str, float]) -> None:
         text = f"loss {values['train/loss']:.4f}"
         if "perf/tokens_per_second" in values:

@@ -82,7 +82,7 @@ def preference_loss(
     counts: Counts = whole.counts
     pair_loss = jnp.sum(found.loss) / counts.pairs
     sft = preference.sft_loss(policy, valid, num_chosen_tokens=counts.chosen_tokens)
-    routing_loss, routing_metrics = steps.routing_terms(output, config, whole)
+    routing_loss, routing_metrics = steps.routing_terms(output, batch, config, whole)
     # ORPO is a cross-entropy with a second term (arXiv 2403.07691, eq. 6); others take as much of it as they are told.
     sft_coef = settings.sft_coef + (1.0 if settings.loss == "orpo" else 0.0)
     loss = pair_loss + sft_coef * sft + routing_loss

@@ -17,6 +17,7 @@ from flax import nnx
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import cost, distributed, sharding, tree, validation
+from moe_vlm_jax.analysis import drawing
 from moe_vlm_jax.data import host as host_lib
 from moe_vlm_jax.data import pipeline, stream, trees
 from moe_vlm_jax.models import vlm
@@ -122,6 +123,8 @@ def make_run(config: config_lib.RunConfig, workdir: str | pathlib.Path) -> tuple
       ValueError: anything wrong with the config, the base checkpoint, the data or the workdir.
     """
     validation.validate(config)
+    if config.training.routing_images_every:
+        drawing.require()
     checkpoint.check_workdir(workdir, config)
     model = make_model(config)
     host = make_host(config.training.batch_size, model.mesh)

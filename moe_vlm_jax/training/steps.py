@@ -17,7 +17,7 @@ from moe_vlm_jax.models import vlm
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import state as state_lib
 
-Metrics = dict[str, Any]  # arrays; 'counts' and 'dropped' are tuples of them, one a layer, inside a step
+Metrics = dict[str, Any]  # arrays; inside a step also tuples of one a layer: counts, modality_counts, dropped
 # (state, frozen, batch, reference=None): the reference has the form of state.trainable.
 TrainStep = Callable[..., tuple[state_lib.TrainState, Metrics]]
 
@@ -116,7 +116,7 @@ def supervised_loss(
         chunk=head_chunk(config, model),
     )
     cross_entropy = tokens.sum / whole.tokens
-    routing_loss, routing_metrics = routing_terms(output, config, whole)
+    routing_loss, routing_metrics = routing_terms(output, batch, config, whole)
     loss = cross_entropy + routing_loss
     metrics = {
         "train/loss": loss,
@@ -134,7 +134,9 @@ def head_chunk(config: config_lib.RunConfig, model: vlm.VLM) -> int:
     return config.training.loss_chunk * sharding.num_row_devices(model.mesh)
 
 
-def routing_terms(output: vlm.ModelOutput, config: config_lib.RunConfig, whole: Whole) -> tuple[jax.Array, Metrics]:
+def routing_terms(
+    output: vlm.ModelOutput, batch: batch_lib.Batch, config: config_lib.RunConfig, whole: Whole
+) -> tuple[jax.Array, Metrics]:
     """Returns this micro-batch's share of the routing losses, and the routers' figures."""
     moe, router = config.model.moe, output.router
     routed = routing.routing_loss(
@@ -151,6 +153,12 @@ def routing_terms(output: vlm.ModelOutput, config: config_lib.RunConfig, whole: 
             "router/dropped_assignments": jnp.sum(jnp.stack([layer.dropped for layer in router])),
             "dropped": tuple(layer.dropped for layer in router),
             "counts": tuple(layer.counts for layer in router),
+            "modality_counts": tuple(
+                routing.modality_counts(
+                    layer.index, (batch.image_slot >= 0).reshape(-1), batch.valid.reshape(-1), layer.counts.shape[-1]
+                )
+                for layer in router
+            ),
         }
     return routed.total / whole.micro_batches, metrics
 
@@ -187,6 +195,11 @@ def _train_step(
     for layer, tokens in enumerate(counts):  # counted over MoE layers only
         metrics[f"router/load_entropy/{layer}"] = routing.load_entropy(tokens)
         metrics[f"router/load/{layer}"] = tokens / jnp.maximum(tokens.sum(), 1.0)
+        metrics[f"router/dominance/{layer}"] = routing.dominance(tokens)
+    for layer, tokens in enumerate(metrics.pop("modality_counts", ())):
+        shares = tokens / jnp.maximum(tokens.sum(-1, keepdims=True), 1.0)
+        metrics[f"router/load_text/{layer}"], metrics[f"router/load_image/{layer}"] = shares
+        metrics[f"router/modality_divergence/{layer}"] = routing.modality_divergence(tokens)
     for layer, dropped in enumerate(metrics.pop("dropped", ())):
         metrics[f"router/dropped/{layer}"] = dropped
     metrics |= {

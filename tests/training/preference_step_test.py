@@ -114,6 +114,9 @@ def test_the_loss_starts_at_ln_2(beta):
     assert abs(float(metrics["train/loss"]) - math.log(2)) < 1e-6
     assert float(metrics["rewards/accuracy"]) == 0.5
     assert float(metrics["rewards/margin"]) == 0.0
+    for name in ("router/load_text/0", "router/load_image/0"):  # routing is logged as in supervised training
+        assert metrics[name].shape == (4,)
+        assert float(metrics[name].sum()) == pytest.approx(1.0)
     assert float(metrics["answers/chosen_tokens"]) == pytest.approx(np.mean([1, 2, 3, 1, 2]))
     assert float(metrics["answers/rejected_tokens"]) == pytest.approx(np.mean([4, 3, 4, 3, 4]))
 

@@ -11,6 +11,7 @@ from flax import nnx
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import tree
+from moe_vlm_jax.analysis import statistics
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import stages, steps
 from moe_vlm_jax.training import state as state_lib
@@ -145,3 +146,24 @@ def test_bfloat16_parameters_keep_float32_moments():
     assert dtypes.pop(router) == "float32"
     assert set(dtypes.values()) == {"bfloat16"}
     assert bool(figures["train/finite"])
+
+
+def test_the_step_counts_text_and_image_tokens_of_all_micro_batches_apart():
+    config = _config()
+    train_step, state, frozen = _start(config)
+    batches = [examples.random_batch(config, rows=2, length=13, seed=seed) for seed in (0, 1)]
+    graphdef, params = examples.random_model(config.model, seed=1)
+    counts = np.zeros((2, 4))
+    for batch in batches:
+        (row,) = (jax.tree.map(lambda x: x[0], batch),)
+        (router,) = nnx.merge(graphdef, params)(row, train=True).router
+        image, valid = np.asarray(row.image_slot).reshape(-1) >= 0, np.asarray(row.valid).reshape(-1)
+        for token, expert in enumerate(np.asarray(router.index)[:, 0]):
+            counts[int(image[token]), expert] += valid[token]
+    figures = train_step(state, frozen, examples.stacked(*batches))[1]
+    assert counts.sum() < 2 * 2 * 13  # some padding
+    np.testing.assert_allclose(figures["router/load_text/0"], counts[0] / counts[0].sum(), rtol=1e-6)
+    np.testing.assert_allclose(figures["router/load_image/0"], counts[1] / counts[1].sum(), rtol=1e-6)
+    bits = statistics.jensen_shannon(*statistics.shares(counts))
+    np.testing.assert_allclose(figures["router/modality_divergence/0"], bits, rtol=1e-4)
+    assert all(np.size(value) <= 4 for value in figures.values())  # no array over tokens leaves the device
