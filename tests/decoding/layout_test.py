@@ -43,6 +43,7 @@ def make(config: config_lib.ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return generate_lib.dropless_graphdef(graphdef, params), params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("donate", "num_rows"), [(False, 5), (True, 1)])
 def test_layers_and_experts_apart_give_the_same_logits_and_tokens(name, donate, num_rows):

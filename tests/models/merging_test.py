@@ -50,6 +50,7 @@ def bare(config: config_lib.ModelConfig) -> config_lib.ModelConfig:
     return dataclasses.replace(config, lora=config_lib.LoraConfig())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_merged_model_gives_the_logits_of_base_and_adapter(kind):
     config, params = adapted(kind, rslora=kind == "int8")

@@ -62,6 +62,7 @@ def floats(params: nnx.State, patterns: tuple[str, ...]) -> nnx.State:
     return nnx.from_flat_state([(p, v) for p, v in nnx.to_flat_state(params) if "/".join(map(str, p)) in kept])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "remat", "kind"), CASES)
 def test_both_streams_are_what_two_models_compute(name, remat, kind):
     graphdef, policy, other, batch = problem(remat, kind)

@@ -83,6 +83,7 @@ def test_remat_changes_no_gradient(policy):
         np.testing.assert_allclose(got[path], gradient, atol=1e-6, rtol=1e-4, err_msg=path)
 
 
+@pytest.mark.slow
 def test_program_does_not_grow_with_depth():
     def size(num_layers: int) -> int:
         config = make_config(num_layers=num_layers)

@@ -17,6 +17,7 @@ def tpu():
     return targets.find("v5e", examples.run_config(qlora=True).mesh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "qlora", "dpo"])
 def test_the_compiled_step_takes_the_bytes_that_were_counted(kind):
     qlora = kind != "full"

@@ -50,6 +50,7 @@ def _experts(state: nnx.State) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "nf4"])
 def test_experts_from_a_file_compute_what_its_dense_model_computes(dense_folder, kind, compilation_cache):
     config = _config(dense_folder, kind=kind)
@@ -63,6 +64,7 @@ def test_experts_from_a_file_compute_what_its_dense_model_computes(dense_folder,
     np.testing.assert_allclose(hidden[1], hidden[0], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "nf4"])
 def test_noise_comes_before_quantising(dense_folder, kind, compilation_cache):
     plain = _experts(_loaded(_config(dense_folder, kind=kind))[1])

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.goldens
 CASES = sorted(goldens_folder().glob("models/*/train_6steps.npz"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CASES, ids=[case.parent.name for case in CASES])
 def test_six_training_steps_are_those_of_the_reference(path: pathlib.Path, goldens: pathlib.Path):
     golden = np.load(path)

@@ -105,6 +105,7 @@ def bits(state: nnx.State) -> dict[str, bytes]:
     return {jax.tree_util.keystr(p): np.asarray(x).tobytes() for p, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.1, 2.5])
 def test_the_loss_starts_at_ln_2(beta):
     config = run_config(beta=beta)
@@ -164,6 +165,7 @@ def other_reference(config: config_lib.RunConfig) -> nnx.State:
     return reference_lib._own(moved)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_papers_equation():
     """Rafailov et al. 2023, after eq. 7: -beta sigma(r_l - r_w) (grad log pi(y_w) - grad log pi(y_l)), a mean here."""
     config = run_config(beta=0.4)
@@ -190,6 +192,7 @@ def test_the_gradient_is_that_of_the_papers_equation():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["sigmoid", "orpo"])
 def test_a_shared_prompt_gives_the_loss_and_the_gradient_of_separate_sequences(loss):
     config = run_config(loss=loss)
@@ -226,6 +229,7 @@ def test_the_cross_entropy_of_chosen_answers_is_added(loss, told, added):
     )
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_step_of_one_batch():
     config = run_config(sft_coef=0.3)
     _, _, frozen = parts(config)

@@ -130,6 +130,7 @@ def _residuals(config: config_lib.RunConfig) -> str:
     return " ".join(f"f32[{','.join(map(str, x.shape))}]" for x in jax.tree.leaves(pullback) if x.dtype == jnp.float32)
 
 
+@pytest.mark.slow
 def test_routing_decisions_are_those_of_the_router_before_quantising():
     config = qlora_config()
     graphdef, params = examples.random_model(config.model, seed=2)
@@ -254,6 +255,7 @@ def test_a_saved_base_comes_back_bit_for_bit_and_refuses_another_model(dense_che
         base_lib.save(tmp_path / "base", params, config.model, source="x")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_an_adapter_of_its_base_and_refuses_one_of_another(dense_checkpoint, tmp_path):
     folder, _ = dense_checkpoint
     config, params = _loaded(folder)
