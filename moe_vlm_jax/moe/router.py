@@ -73,16 +73,17 @@ class TopKRouter(nnx.Module):
         self.config = config
 
     def __call__(self, x: jax.Array, context: RouteContext) -> RouterOutput:
-        """Routes flat tokens x, float[M, D].
-
-        Logits are float32 at full precision: rounding them to bfloat16 makes ties, and ties change experts.
-        """
-        logits = jnp.dot(
-            x.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-        )
+        """Routes flat tokens x, float[M, D]."""
+        logits = self.logits(x)
         routed = jnp.ones(x.shape[:1], bool) if self.config.padding_takes_capacity else context.valid.reshape(-1)
         second_noise = context.noise if self.config.gumbel_second_choice else None
         return route(logits, routed, top_k=self.config.top_k, renormalize=self.config.renormalize, noise=second_noise)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Returns float32[M, E] at full precision: rounding to bfloat16 makes ties, and ties change experts."""
+        return jnp.dot(
+            x.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+        )
 
 
 def route(
