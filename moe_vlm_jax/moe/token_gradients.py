@@ -190,7 +190,8 @@ def _figures(inputs: dict, deltas: dict, sums: dict, layout: Any, axes: tuple[st
     for name, delta in deltas.items():
         product = functools.partial(_product, layout, inputs[name], like=delta)
         scaled = (delta.astype(jnp.float32) * inverse).astype(delta.dtype)
-        (total,) = jax.linear_transpose(product, sums[name].astype(delta.dtype))(scaled)
+        # The product is linear; its value is dead code.
+        (total,) = jax.vjp(product, sums[name].astype(delta.dtype))[1](scaled)
         total = jax.lax.psum(total, axes) if axes else total
         unit += jnp.sum(jnp.square(total.astype(jnp.float32)), axis=tuple(range(1, total.ndim)))
     of_row = layout.add_bias(jnp.zeros((*inner.shape, 1), jnp.float32), unit[:, None])[..., 0]
