@@ -22,6 +22,7 @@ GROUPS = {
     "dpo": ("dpo",),
     "dpo_quality": ("dpo_quality",),
     "quality": ("qlora_quality",),
+    "stgc": ("stgc",),
     "expert_parallel": ("expert_parallel",),
     "moe_tuning": ("moe_tuning",),
 }

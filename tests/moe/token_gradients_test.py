@@ -13,11 +13,12 @@ from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import tree
 from moe_vlm_jax.losses import stgc
 from moe_vlm_jax.models import adapters
-from moe_vlm_jax.moe import layer, router, token_gradients
+from moe_vlm_jax.moe import dispatch, layer, layouts, router, token_gradients
 from moe_vlm_jax.quant import state as quant
 
 B, T, D, F, E = 2, 13, 8, 16, 4
 M = B * T
+THRESHOLD = 0.3  # some of so few tokens are below it
 WAYS = [
     {"dispatch": "dense"},
     {"dispatch": "dropless", "grouped_matmul": "blocks"},
@@ -72,8 +73,6 @@ class Case:
 
         def loss(trained, token, cotangent, weights):
             experts = nnx.merge(graphdef, trained, self.rest).experts
-            from moe_vlm_jax.moe import layouts
-
             return jnp.sum(jnp.einsum("E,EMD->MD", weights, experts(token[None], layouts.EveryExpert())) * cotangent)
 
         def pair(token, cotangent, index, weight):
@@ -93,8 +92,6 @@ class Case:
         config = self._config()
         if config.dispatch != "capacity":
             return routed.weight
-        from moe_vlm_jax.moe import dispatch
-
         slots = dispatch.capacity_of(M, E, config.top_k, factor=config.capacity_factor, minimum=0)
         plan = dispatch.plan_slots(
             routed.index, routed.probs, self.valid.reshape(-1), capacity=slots, renormalize=config.renormalize
@@ -128,7 +125,7 @@ def test_token_gradients_equal_one_token_at_a_time(options):
     np.testing.assert_allclose(figures[..., 1], squared, rtol=1e-4, atol=1e-5 * squared.max())
 
     index = np.asarray(routed.index)
-    found = stgc.conflicts(*(figures[..., i] for i in range(3)), routed.index, num_experts=E, threshold=0.0)
+    found = stgc.conflicts(*(figures[..., i] for i in range(3)), routed.index, num_experts=E, threshold=THRESHOLD)
     counted = squared > 0
     np.testing.assert_array_equal(found.counted, counted)
     assert not counted.reshape(B, T, -1)[1, T - 4 :].any()  # padding
@@ -140,7 +137,7 @@ def test_token_gradients_equal_one_token_at_a_time(options):
         cosine = unit @ mean / np.linalg.norm(mean)
         np.testing.assert_allclose(np.asarray(found.cosine)[mine], cosine, atol=1e-5)
         consistencies.append((unit @ unit.T).mean())
-        conflicting[mine] = cosine < 0
+        conflicting[mine] = cosine < THRESHOLD
     np.testing.assert_allclose(found.consistency, np.mean(consistencies), atol=1e-5)
     np.testing.assert_array_equal(found.conflicting, conflicting)
     assert 0 < conflicting.sum() < counted.sum()
