@@ -1,9 +1,9 @@
 """What STGC costs: a step with it against the same step without, CPU seconds of one core and compiled memory.
 
-    step_ratio           time of a step, MoE-LLaVA's third stage (experts train), training.stgc.gradient='router'
-    memory_ratio         temporary memory of the compiled step (memory_analysis)
-    step_ratio_full ...  the same with 'full', which has a second backward pass
-    step_ratio_lora ...  adapters train, 'full' (routers are frozen there)
+step_ratio           time of a step, MoE-LLaVA's third stage (experts train), training.stgc.gradient='router'
+memory_ratio         temporary memory of the compiled step (memory_analysis)
+step_ratio_full ...  the same with 'full', which has a second backward pass
+step_ratio_lora ...  adapters train, 'full' (routers are frozen there)
 """
 
 import pathlib

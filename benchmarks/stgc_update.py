@@ -75,7 +75,9 @@ def main() -> None:
     first, last = curves[:, :quarter].mean(axis=1), curves[:, -quarter:].mean(axis=1)  # [seeds, layers, figures]
     for layer in range(curves.shape[2]):
         for i, name in enumerate(FIGURES):
-            by_seed = ", ".join(f"{a:.4f} -> {b:.4f}" for a, b in zip(first[:, layer, i], last[:, layer, i], strict=True))
+            by_seed = ", ".join(
+                f"{a:.4f} -> {b:.4f}" for a, b in zip(first[:, layer, i], last[:, layer, i], strict=True)
+            )
             mean = f"{first[:, layer, i].mean():.4f} -> {last[:, layer, i].mean():.4f}"
             print(f"layer {layer} {name}: {mean} (seeds: {by_seed})")
 

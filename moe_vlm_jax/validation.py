@@ -290,7 +290,9 @@ def _stgc(config: config_lib.RunConfig) -> Iterator[str]:
     if config.model.moe.placement == "none" and not config.model.moe.layers:
         yield from idle("coefficient", "in a model without experts")
     if config.preference.loss != "none":
-        yield from idle("coefficient", f"with preference.loss={config.preference.loss!r} (it is for instruction tuning)")
+        yield from idle(
+            "coefficient", f"with preference.loss={config.preference.loss!r} (it is for instruction tuning)"
+        )
     if layers and (len(layers) != 2 or not layers[0] < layers[1] <= config.model.decoder.num_layers):
         yield (
             f"training.stgc.layers={layers!r} must be (first, end) with first below end and end at most "

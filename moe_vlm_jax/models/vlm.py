@@ -252,7 +252,17 @@ class VLM(nnx.Module):
         return out.hidden, cache._replace(layers=layers, slot=(cache.slot + 1) % length, position=cache.position + 1)
 
     def _run(
-        self, batch, *, train, step, rng, noise, collect_blocks, cache: KVCache | None = None, reference=None, watch=None
+        self,
+        batch,
+        *,
+        train,
+        step,
+        rng,
+        noise,
+        collect_blocks,
+        cache: KVCache | None = None,
+        reference=None,
+        watch=None,
     ) -> tuple[decoder.DecoderOutput, tuple]:
         dropout_key, noise_key = dropout.split(rng, 2)
         image_key, decoder_key = dropout.split(dropout_key if train else None, 2)

@@ -10,7 +10,7 @@ All read the same RouterOutput and return float[M, D] plus the number of assignm
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -81,9 +81,7 @@ class TopKRouter(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Returns float32[M, E] at full precision: rounding to bfloat16 makes ties, and ties change experts."""
-        return jnp.dot(
-            x.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-        )
+        return jnp.dot(x.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 def route(
