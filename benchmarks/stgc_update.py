@@ -1,10 +1,10 @@
 """What the conflict loss alone does: `python -m benchmarks.stgc_update [--steps 40] [--seeds 3]`
 
 Updates the tiny base on the embedded set by the conflict loss and nothing else (arXiv 2406.19905, section 4.3) and
-prints, per MoE layer and averaged over seeds, the conflicting tokens' mean routing score on their expert and the gradient
-consistency, a step a line. Published for a model of 2.7 B parameters: the score falls from 0.3866 to 0.3349 and the
-consistency rises. Every batch is new, so single steps are noisy: the last lines compare means of the first and the last
-quarter.
+prints, per MoE layer and averaged over seeds, the conflicting tokens' mean routing score on their expert and the
+gradient consistency, a step a line. Published for a model of 2.7 B parameters: the score falls from 0.3866 to 0.3349
+and the consistency rises. Every batch is new, so single steps are noisy: the last lines compare means of the first and
+the last quarter.
 """
 
 import argparse

@@ -52,7 +52,8 @@ class Experts(nnx.Module):
         up, gate, down = dropout.split(key, 3)
 
         def below(part: str) -> Callable[..., jax.Array] | None:
-            return None if listen is None else lambda name, x, y: listen(f"{part}/{name}", x, y)
+            hear = listen
+            return None if hear is None else lambda name, x, y: hear(f"{part}/{name}", x, y)
 
         hidden = self.up(rows, layout, key=up, listen=below("up"))
         if self.gate is None:

@@ -6,7 +6,7 @@ Two ways, by training.stgc.gradient:
              logits is known too, in closed form, and goes into the router's kernel there and then. Hidden states hear
              nothing of it, so the layers below get the gradients that they would have got.
     full     Two backward passes over one forward pass, as in the paper: the first, of the cross-entropy, finds the
-             conflicting tokens; the second is that of the whole loss, conflicts included, through the hidden states too.
+             conflicting tokens; the second is that of the whole loss, conflicts included, through hidden states too.
 
 Token gradients are those of a micro-batch. With 'router' they are those of everything that flows back, the routing
 losses of the layers above included (their coefficients are small); with 'full' those of the cross-entropy alone.

@@ -56,9 +56,11 @@ def _from_vectors(vectors: np.ndarray, *, threshold: float) -> stgc.Conflicts:
     total, lengths = vectors.sum(axis=0), np.linalg.norm(vectors, axis=-1, keepdims=True)
     unit = np.square((vectors / np.where(lengths > 0, lengths, 1)).sum(axis=0)).sum()
     inner, squared = (vectors * total).sum(-1), (vectors**2).sum(-1)
-    arrays = (jnp.asarray(a, jnp.float32)[:, None] for a in (inner, squared, np.full(len(vectors), unit)))
+    inner, squared, units = (
+        jnp.asarray(a, jnp.float32)[:, None] for a in (inner, squared, np.full(len(vectors), unit))
+    )
     index = jnp.zeros((len(vectors), 1), jnp.int32)
-    return stgc.conflicts(*arrays, index, num_experts=2, threshold=threshold)
+    return stgc.conflicts(inner, squared, units, index, num_experts=2, threshold=threshold)
 
 
 VECTORS = np.array([[1.0, 0.0], [1.0, 0.2], [0.3, 1.0], [-0.5, 0.1], [0.0, 0.0]])

@@ -24,7 +24,7 @@ CASES = {
 FIGURES = ("stgc/loss", "stgc/conflict_share", "stgc/conflict_score", "stgc/consistency", "train/loss")
 
 
-def one_step(config: config_lib.RunConfig, params: Any, devices: list[jax.Device]) -> tuple[dict, list[np.ndarray]]:
+def one_step(config: config_lib.RunConfig, params: Any, devices: Any) -> tuple[dict, list[np.ndarray]]:
     """Returns the figures and Adam's first moment after one step."""
     model = setup.make_model(config, devices)
     trainable, frozen = (

@@ -99,6 +99,11 @@ class Case:
         return plan.weight
 
 
+def _conflicts(figures: jax.Array, routed: router.RouterOutput, *, threshold: float) -> stgc.Conflicts:
+    inner, squared, unit = (figures[..., i] for i in range(3))
+    return stgc.conflicts(inner, squared, unit, routed.index, num_experts=E, threshold=threshold)
+
+
 @functools.cache
 def _case(options: tuple) -> Case:
     return Case(**dict(options))
@@ -125,7 +130,7 @@ def test_token_gradients_equal_one_token_at_a_time(options):
     np.testing.assert_allclose(figures[..., 1], squared, rtol=1e-4, atol=1e-5 * squared.max())
 
     index = np.asarray(routed.index)
-    found = stgc.conflicts(*(figures[..., i] for i in range(3)), routed.index, num_experts=E, threshold=THRESHOLD)
+    found = _conflicts(figures, routed, threshold=THRESHOLD)
     counted = squared > 0
     np.testing.assert_array_equal(found.counted, counted)
     assert not counted.reshape(B, T, -1)[1, T - 4 :].any()  # padding
@@ -162,7 +167,7 @@ def test_a_planted_opposite_token_is_the_only_one_flagged():
     case.x = jnp.broadcast_to(case.x[0, 0], case.x.shape)
     case.cotangent = jnp.broadcast_to(case.cotangent[0, 0], case.x.shape).at[0, 5].multiply(-1.0)
     figures, _, routed = case.found()
-    found = stgc.conflicts(*(figures[..., i] for i in range(3)), routed.index, num_experts=E, threshold=0.0)
+    found = _conflicts(figures, routed, threshold=0.0)
     np.testing.assert_array_equal(np.flatnonzero(found.conflicting.any(axis=-1)), [5])
     assert found.conflicting[5].all()
     np.testing.assert_allclose(found.cosine[5], -1.0, atol=1e-5)
