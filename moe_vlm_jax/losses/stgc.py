@@ -6,7 +6,8 @@ below a threshold. Every (token, choice) pair is judged by itself, so that with 
 its experts and not with the other.
 
 Equation 10 is printed without a minus: minimised as it stands, it would make a conflicting token's expert MORE
-probable. What the text and its figures say needs the negative log-likelihood of the inverted scores, which is computed here.
+probable. What the text and its figures say needs the negative log-likelihood of the inverted scores, which is
+computed here.
 """
 
 from typing import NamedTuple

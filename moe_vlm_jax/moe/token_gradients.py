@@ -1,10 +1,10 @@
 """A side channel out of the backward pass: what each token contributes to the gradient of its experts' parameters.
 
 With a matrix's inputs h_n and output cotangents d_n, token n's part of the kernel's gradient is g_n = h_n d_n^T; the
-sum over an expert's tokens is the gradient G that autodiff computes anyway. So <g_n, G> = h_n^T G d_n and
-|g_n| = |h_n| |d_n|, and no g_n is ever made. An expert's gradient is that of all its trained parameters together: kernels (up, gate, down),
-biases (h = 1) and the factors of its adapters (A: inputs h and cotangents of A's output; B likewise); what is frozen or
-quantised has no part.
+sum over an expert's tokens is the gradient G that autodiff computes anyway. So <g_n, G> = h_n^T G d_n and |g_n| =
+|h_n| |d_n|, and no g_n is ever made. An expert's gradient is that of all its trained parameters together: kernels
+(up, gate, down), biases (h = 1) and the factors of its adapters (A: inputs h and cotangents of A's output; B
+likewise); what is frozen or quantised has no part.
 
 The figures of a row are the "gradient" of a probe of zeros, float[*rows, 3], that goes to the experts beside the rows:
 
