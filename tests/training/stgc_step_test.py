@@ -125,14 +125,15 @@ def test_adapters_on_a_quantised_base_train_with_it(gradient):
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
 def test_towers_choices_and_dispatches(tower, top_k, dispatch):
-    config = _config(coefficient=1.0, threshold=0.4)
+    config = _config(coefficient=1.0, threshold=0.8)  # so few tokens mostly agree
     moe = dataclasses.replace(config.model.moe, top_k=top_k, dispatch=dispatch)
     vision = config.model.vision
     if tower == "clip":
         vision = dataclasses.replace(vision, class_token=True, pre_norm=True, patch_bias=False, skip_tokens=1)
     config.model = dataclasses.replace(config.model, moe=moe, vision=vision)
     _, figures = _gradients(config)
-    assert 0 < float(figures["stgc/conflict_share"]) < 1 and float(figures["stgc/conflict_score"]) > 0
+    assert 0 < float(figures["stgc/conflict_share"]) < 1, figures
+    assert float(figures["stgc/conflict_score"]) > 0
 
 
 def test_a_batch_without_labels_conflicts_with_nobody():
