@@ -20,7 +20,7 @@ from moe_vlm_jax.models import vlm
 from moe_vlm_jax.quant import state as quant
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import state as state_lib
-from moe_vlm_jax.training import steps
+from moe_vlm_jax.training import steps, stgc_step
 
 
 def override(config: config_lib.RunConfig, assignments: list[str]) -> config_lib.RunConfig:
@@ -54,7 +54,9 @@ def main() -> None:
     batch = jax.tree.map(lambda a: jnp.asarray(a)[None], workload.make_batch(config))
 
     wall, cpu = time.perf_counter(), time.process_time()
-    lowered = steps.make_train_step(graphdef, optimizer, config).lower(state, parts["frozen"], batch)
+    objective = stgc_step.OBJECTIVE if config.training.stgc.coefficient else None
+    make = steps.make_train_step(graphdef, optimizer, config, objective=objective)
+    lowered = make.lower(state, parts["frozen"], batch)
     train_step = lowered.compile()
     ready = {"compile_wall": time.perf_counter() - wall, "compile_cpu": time.process_time() - cpu}
     memory = train_step.memory_analysis()

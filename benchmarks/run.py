@@ -23,6 +23,7 @@ GROUPS = {
     "decode": ("decode",),
     "dpo_quality": ("dpo_quality",),
     "quality": ("qlora_quality",),
+    "stgc": ("stgc",),
     "expert_parallel": ("expert_parallel",),
     "moe_tuning": ("moe_tuning",),
 }

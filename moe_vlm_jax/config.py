@@ -222,6 +222,19 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class StgcConfig:
+    """Sending tokens whose gradients oppose their expert's to other experts (STGC, arXiv 2406.19905)."""
+
+    coefficient: float = 0.0  # beta, times the MEAN over layers of the conflict loss; 0: off. The paper's is 1.0
+    threshold: float = 0.0  # tau: a token conflicts when the cosine of its gradient and the mean one is below it
+    layers: tuple[int, ...] = ()  # (first, end) decoder layers whose routers get the loss; empty: all
+    # router: into the router's kernel only, within the one backward pass | full: through hidden states, too, with a
+    # second backward pass, as in the paper
+    gradient: str = "router"
+    alone: bool = False  # update by the conflict loss and nothing else, to see what it does; with 'full' only
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class TrainingConfig:
     """What trains, for how long, and what is written down."""
 
@@ -238,6 +251,7 @@ class TrainingConfig:
     # What was trained on this base, to go on from: the workdir of a run (in a chain also '@NAME'), or the folder of an
     # adapter in PEFT's layout; empty: new adapters.
     adapter: str = ""
+    stgc: StgcConfig = dataclasses.field(default_factory=StgcConfig)
     seed: int = 0
     batch_size: int = 4  # rows of one micro-batch, over all devices
     accumulation: int = 2  # micro-batches of one step

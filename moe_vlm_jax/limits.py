@@ -39,6 +39,7 @@ CHOICES = {
     ),
     "data.image_aspect": ("pad", "square"),
     "data.on_bad_sample": ("error", "drop"),
+    "training.stgc.gradient": ("router", "full"),
     "preference.loss": ("none", "sigmoid", "robust", "sigmoid_norm", "hinge", "ipo", "kto_pair", "simpo", "orpo"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.schedule": ("cosine", "constant"),
@@ -77,6 +78,7 @@ RANGES: dict[tuple[float | None, float | None, bool], dict[str, str]] = {
         "data": "num_images images_per_row num_workers",
         "optimizer": "learning_rate muon_learning_rate weight_decay",
         "training": "max_steps loss_chunk checkpoint_seconds upcycling_noise routing_images_every",
+        "training.stgc": "coefficient layers",
         "generation": "temperature top_k",
         "preference": "gamma sft_coef",
         "evaluation": "max_questions every_steps page_samples",
@@ -92,6 +94,9 @@ RANGES: dict[tuple[float | None, float | None, bool], dict[str, str]] = {
     },
     (0, 0.4999, True): {
         "preference": "label_smoothing",
+    },
+    (-1, 1, False): {
+        "training.stgc": "threshold",
     },
     (0, 1, True): {
         "optimizer": "warmup_ratio final_ratio",

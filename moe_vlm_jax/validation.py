@@ -22,7 +22,8 @@ def validate(config: config_lib.RunConfig) -> None:
     mistakes = list(type_mistakes(config))
     if not mistakes:  # the other rules compute with the values
         mistakes = [*_ranges(config), *_patterns(config), *_model(config.model), *_moe(config.model)]
-        mistakes += [*_adaptation(config.model), *_data(config), *_training(config), *_preference(config)]
+        mistakes += [*_adaptation(config.model), *_data(config), *_training(config), *_stgc(config)]
+        mistakes += [*_preference(config)]
     if mistakes:
         raise ValueError("\n".join(mistakes))
 
@@ -310,6 +311,32 @@ def _training(config: config_lib.RunConfig) -> Iterator[str]:
     for num_experts in sorted(set(config.model.moe.num_experts)):
         if num_experts % mesh.expert:
             yield indivisible_experts(num_experts, mesh.expert)
+
+
+def _stgc(config: config_lib.RunConfig) -> Iterator[str]:
+    stgc, layers = config.training.stgc, config.training.stgc.layers
+    idle = functools.partial(_no_effect, stgc, "training.stgc")
+    if not stgc.coefficient:
+        yield from idle("threshold layers gradient alone", "with training.stgc.coefficient=0.0")
+        return
+    if config.model.moe.placement == "none" and not config.model.moe.layers:
+        yield from idle("coefficient", "in a model without experts")
+    if config.preference.loss != "none":
+        yield from idle(
+            "coefficient", f"with preference.loss={config.preference.loss!r} (it is for instruction tuning)"
+        )
+    if layers and (len(layers) != 2 or not layers[0] < layers[1] <= config.model.decoder.num_layers):
+        yield (
+            f"training.stgc.layers={layers!r} must be (first, end) with first below end and end at most "
+            f"model.decoder.num_layers={config.model.decoder.num_layers}; correct it or leave it empty for all."
+        )
+    if config.model.moe.router != "topk":
+        yield (
+            f"training.stgc.coefficient={stgc.coefficient} needs model.moe.router='topk', not "
+            f"{config.model.moe.router!r}: a token whose experts are given cannot be sent to others; set it to 0."
+        )
+    if stgc.alone and stgc.gradient != "full":
+        yield f"training.stgc.alone=True needs gradient='full', not {stgc.gradient!r}; set that, or alone to False."
 
 
 def _preference(config: config_lib.RunConfig) -> Iterator[str]:

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"batch"},
     "data": {"config", "batch"},
     "hf": {"models", "quant"},
-    "training": {"models", "losses", "data", "hf", "cost", "quant", "assets", "analysis"},
+    "training": {"models", "moe", "losses", "data", "hf", "cost", "quant", "assets", "analysis"},
     "ready": {"training", "models", "hf", "data"},
     "planning": {"training", "models", "quant", "cost", "collectives", "traffic"},
     "decoding": {"models", "nn", "quant"},

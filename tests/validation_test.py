@@ -29,6 +29,28 @@ def test_the_defaults_obey_all_rules():
 
 # changes -> what the message must say
 MISTAKES = {
+    "stgc off": ({"training__stgc__threshold": 0.1}, "threshold=0.1 has no effect with training.stgc.coefficient=0.0"),
+    "stgc of preferences": (
+        {"training__stgc__coefficient": 0.1, "preference__loss": "ipo", "preference__pairs": "x"},
+        "training.stgc.coefficient=0.1 has no effect with preference.loss='ipo'",
+    ),
+    "stgc layers": (
+        {"training__stgc__coefficient": 0.1, "training__stgc__layers": (3, 33)},
+        "training.stgc.layers=(3, 33) must be (first, end) with first below end and end at most",
+    ),
+    "stgc alone": (
+        {"training__stgc__coefficient": 0.1, "training__stgc__alone": True},
+        "training.stgc.alone=True needs gradient='full', not 'router'",
+    ),
+    "stgc of given experts": (
+        {
+            "training__stgc__coefficient": 0.1,
+            "model__moe__router": "modality",
+            "model__moe__text_experts": (0, 1),
+            "model__moe__image_experts": (2, 3),
+        },
+        "training.stgc.coefficient=0.1 needs model.moe.router='topk', not 'modality'",
+    ),
     "beta": (
         {"preference__loss": "ipo", "preference__pairs": "x", "preference__beta": 0.0},
         "preference.beta=0.0 is out of range; it must be more than 0.",

@@ -11,6 +11,7 @@ from moe_vlm_jax import sharding
 from moe_vlm_jax.models import placement, vision
 from moe_vlm_jax.moe import layer as moe_layer
 from moe_vlm_jax.moe import router as router_lib
+from moe_vlm_jax.moe import token_gradients
 from moe_vlm_jax.nn import attention, dropout, linear, mlp, norms
 from moe_vlm_jax.nn import rotary as rotary_lib
 from moe_vlm_jax.quant import state as quant
@@ -99,6 +100,7 @@ class Block(nnx.Module):
         key: jax.Array | None,
         noise: jax.Array | None,
         cache: attention.LayerCache | None,
+        watch: token_gradients.LayerWatch | None = None,
     ) -> tuple[jax.Array, router_lib.RouterOutput | None, attention.LayerCache]:
         """Returns float[B, T, D], the routing (None for a dense layer) and this layer's keys and values.
 
@@ -108,6 +110,7 @@ class Block(nnx.Module):
           key: for dropout; None turns it off.
           noise: this layer's routing noise, float32[M, E] or None.
           cache: earlier keys and values, or None.
+          watch: see moe/token_gradients.py.
         """
         attention_key, attention_drop, mlp_key, mlp_drop = dropout.split(key, 4)
         normed = self.attention_norm(x)
@@ -118,11 +121,11 @@ class Block(nnx.Module):
         if self.mlp_norm is not None:
             x, y = x + y, 0.0
             normed = self.mlp_norm(x)
-        feed_forward, routed = self._feed_forward(normed, shared.context._replace(noise=noise), mlp_key)
+        feed_forward, routed = self._feed_forward(normed, shared.context._replace(noise=noise), mlp_key, watch)
         return x + y + dropout.dropout(feed_forward, self.residual_dropout, mlp_drop), routed, cache
 
-    def _feed_forward(self, x, context, key):
-        return self.moe(x, context, key=key) if self.num_experts else (self.mlp(x, key=key), None)
+    def _feed_forward(self, x, context, key, watch):
+        return self.moe(x, context, key=key, watch=watch) if self.num_experts else (self.mlp(x, key=key), None)
 
 
 class Unit(nnx.Module):
@@ -196,6 +199,7 @@ class Decoder(nnx.Module):
         slot: jax.Array | None = None,
         collect_blocks: bool = False,
         reference: Reference | None = None,
+        watch: token_gradients.Watch | None = None,
     ) -> DecoderOutput:
         """Runs all blocks.
 
@@ -210,6 +214,7 @@ class Decoder(nnx.Module):
           slot: int32[] first cache slot that x is written to.
           collect_blocks: also return every block's output.
           reference: a second stream, see there; it shares position, mask, context and noise, and has no dropout.
+          watch: what of the backward pass is wanted of each MoE layer (moe/token_gradients.py).
         """
         dec = self.config.decoder
         rotary = rotary_lib.angles(position, rotary_dim=dec.rotary_dim, theta=dec.rope_theta)
@@ -237,6 +242,7 @@ class Decoder(nnx.Module):
                 noise=_per_block(noise, group, self._moe_layers()),
                 caches=None if caches is None else caches[g],
                 collect_blocks=collect_blocks,
+                watch=self._watch(watch, g, group),
             )
             new_caches.append(tuple(cache for _, cache, _ in outputs))
             for b, (router_output, _, block_output) in enumerate(outputs):
@@ -257,7 +263,25 @@ class Decoder(nnx.Module):
     def _moe_layers(self) -> list[int]:
         return [i for i, experts in enumerate(self.config.layer_experts) if experts]
 
-    def _run_group(self, streams, unit, other_state, shared, *, prefix, keys, noise, caches, collect_blocks):
+    def _watch(self, watch: token_gradients.Watch | None, g: int, group: placement.LayerGroup) -> tuple:
+        """Returns a LayerWatch per block of the unit, its arrays [R, ...], or None for a dense block."""
+        if watch is None:
+            return tuple(None for _ in group.experts)
+        taps = _per_block(watch.taps, group, self._moe_layers())
+        weights = _per_block(watch.weights, group, self._moe_layers())
+        return tuple(
+            token_gradients.LayerWatch(
+                token_gradients.names_below(watch.trained, f"decoder/groups/{g}/blocks/{b}/moe/experts/"),
+                taps[b],
+                watch.judge,
+                weights[b],
+            )
+            if experts
+            else None
+            for b, experts in enumerate(group.experts)
+        )
+
+    def _run_group(self, streams, unit, other_state, shared, *, prefix, keys, noise, caches, collect_blocks, watch):
         """Scans one group.
 
         Returns (x, other) and, per block of the unit, x's (routing, cache, block output), each [R, ...]; other_state
@@ -268,7 +292,7 @@ class Decoder(nnx.Module):
         def gathered(unit_state, dtype):
             return sharding.gather(unit_state, self.mesh, prefix=prefix, dtype=dtype)
 
-        def run(x, unit_state, unit_keys, unit_noise, unit_caches):
+        def run(x, unit_state, unit_keys, unit_noise, unit_caches, unit_watched):
             outputs = []
             for b, block in enumerate(nnx.merge(graphdef, unit_state).blocks):
                 x, router_output, cache = block(
@@ -277,6 +301,7 @@ class Decoder(nnx.Module):
                     key=unit_keys[b],
                     noise=unit_noise[b],
                     cache=None if unit_caches is None else unit_caches[b],
+                    watch=None if unit_watched[b] is None else watch[b]._replace(**unit_watched[b]),
                 )
                 x = sharding.spread_rows(x, self.mesh)
                 outputs.append((router_output, cache, x if collect_blocks else None))
@@ -284,22 +309,23 @@ class Decoder(nnx.Module):
 
         def body(carry, step):
             x, other = carry
-            unit_state, unit_other, unit_keys, unit_noise, unit_caches = step
+            unit_state, unit_other, unit_keys, unit_noise, unit_watched, unit_caches = step
             if unit_caches is None:  # a step of decoding has too few rows to be worth putting weights together
                 unit_state = gathered(unit_state, x.dtype)
             if once:  # for everybody in this body
                 unit_state = quant.dequantize_state(unit_state, x.dtype)
-            x, outputs = run(x, unit_state, unit_keys, unit_noise, unit_caches)
+            x, outputs = run(x, unit_state, unit_keys, unit_noise, unit_caches, unit_watched)
             if other is not None:
                 other_unit = nnx.merge_state(unit_state, gathered(unit_other, x.dtype))
-                no_keys = [None] * len(outputs)
-                other, _ = run(other, jax.lax.stop_gradient(other_unit), no_keys, unit_noise, None)
+                nothing = [None] * len(outputs)
+                other, _ = run(other, jax.lax.stop_gradient(other_unit), nothing, unit_noise, None, nothing)
             return (x, other), outputs
 
         # Where the backward pass runs the body again, or two streams do in one: the body dequantises its weights. Else
         # the layers do it themselves (quant/matmul.py), at the same cost and without a checkpoint around the body.
         once = self.config.remat != "none" or streams[1] is not None
-        xs = (state, other_state, keys, noise, caches)
+        watched = tuple(None if w is None else {"tap": w.tap, "weight": w.weight} for w in watch)
+        xs = (state, other_state, keys, noise, watched, caches)
         makes_weights = sharding.gathers(self.mesh) or streams[1] is not None
         body = vision.rematerialise(body, self.config.remat, makes_weights=makes_weights)
         if jax.tree.leaves(state)[0].shape[0] == 1:

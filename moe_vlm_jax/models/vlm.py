@@ -11,6 +11,7 @@ from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import sharding
 from moe_vlm_jax.models import adapters, decoder, projector, vision
 from moe_vlm_jax.moe import router as router_lib
+from moe_vlm_jax.moe import token_gradients
 from moe_vlm_jax.nn import attention, dropout
 
 
@@ -128,6 +129,7 @@ class VLM(nnx.Module):
         noise: tuple[jax.Array, ...] | None = None,
         collect_blocks: bool = False,
         reference: nnx.State | None = None,
+        watch: token_gradients.Watch | None = None,
     ) -> ModelOutput:
         """Runs the whole model on a batch.
 
@@ -140,9 +142,17 @@ class VLM(nnx.Module):
           collect_blocks: also return every decoder block's output.
           reference: parameters with other values in a second stream, which shares all work that these do not touch:
             the images' features, and every dequantised kernel.
+          watch: what of the backward pass is wanted of each MoE layer (moe/token_gradients.py).
         """
         out, _ = self._run(
-            batch, train=train, step=step, rng=rng, noise=noise, collect_blocks=collect_blocks, reference=reference
+            batch,
+            train=train,
+            step=step,
+            rng=rng,
+            noise=noise,
+            collect_blocks=collect_blocks,
+            reference=reference,
+            watch=watch,
         )
         return ModelOutput(out.hidden, out.router, out.blocks, out.reference)
 
@@ -242,7 +252,17 @@ class VLM(nnx.Module):
         return out.hidden, cache._replace(layers=layers, slot=(cache.slot + 1) % length, position=cache.position + 1)
 
     def _run(
-        self, batch, *, train, step, rng, noise, collect_blocks, cache: KVCache | None = None, reference=None
+        self,
+        batch,
+        *,
+        train,
+        step,
+        rng,
+        noise,
+        collect_blocks,
+        cache: KVCache | None = None,
+        reference=None,
+        watch=None,
     ) -> tuple[decoder.DecoderOutput, tuple]:
         dropout_key, noise_key = dropout.split(rng, 2)
         image_key, decoder_key = dropout.split(dropout_key if train else None, 2)
@@ -278,6 +298,7 @@ class VLM(nnx.Module):
             slot=None if cache is None else cache.slot,
             collect_blocks=collect_blocks,
             reference=other,
+            watch=watch,
         )
         return out, out.caches
 

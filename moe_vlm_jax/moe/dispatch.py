@@ -10,7 +10,7 @@ All read the same RouterOutput and return float[M, D] plus the number of assignm
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,19 @@ import numpy as np
 from moe_vlm_jax.moe import layouts, permute
 from moe_vlm_jax.moe import router as router_lib
 
-# (rows, layout) -> rows: moe.experts.Experts, with its dropout key bound.
-Experts = Callable[[jax.Array, Any], jax.Array]
+# (rows, layout) -> rows: moe.experts.Experts, with its dropout key bound; (rows, layout, probe) -> rows where the
+# dispatch is given a probe, float32[M, k, n], which goes to the experts as the rows do (moe/token_gradients.py).
+Experts = Callable[..., jax.Array]
 
 
-def dense(x: jax.Array, routed: router_lib.RouterOutput, experts: Experts) -> jax.Array:
+def dense(
+    x: jax.Array, routed: router_lib.RouterOutput, experts: Experts, *, probe: jax.Array | None = None
+) -> jax.Array:
     """Returns sum_e combine[m, e] * expert_e(x[m]), float[M, D]."""
-    outputs = experts(x, layouts.EveryExpert())  # [E, M, D]
+    beside = ()
+    if probe is not None:  # a choice of expert E, which is elsewhere, has no part in it
+        beside = (jnp.einsum("Mkn,MkE->EMn", probe, jax.nn.one_hot(routed.index, routed.probs.shape[-1])),)
+    outputs = experts(x, layouts.EveryExpert(), *beside)  # [E, M, D]
     return jnp.einsum("ME,EMD->MD", routed.combine.astype(x.dtype), outputs)
 
 
@@ -37,6 +43,7 @@ def dropless(
     grouped_matmul: str,
     block_rows: int,
     mostly_empty: bool = False,
+    probe: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the same as dense with only the chosen experts computed, float[M, D].
 
@@ -48,11 +55,14 @@ def dropless(
         kernel for it, and elsewhere experts where blocks would be as many rows.
       block_rows: rows of a block; at most (E - 1) blocks are padding.
       mostly_empty: whether many choices go elsewhere, so that skipping blocks without a row pays.
+      probe: float32[M, k, n] or None; with one, every choice has a row of its own.
     """
     tokens, top_k = routed.index.shape
     num_experts = routed.probs.shape[-1]
     if grouped_matmul == "auto":
         grouped_matmul = _fitting(tokens, top_k, num_experts, block_rows)
+        if grouped_matmul == "experts" and probe is not None:
+            grouped_matmul = "blocks"
     if grouped_matmul == "experts":
         return one_by_one(x, routed, experts)
     block, num_rows = _block_rows(tokens, top_k, num_experts, 1 if grouped_matmul == "ragged" else block_rows)
@@ -76,8 +86,17 @@ def dropless(
         used = block_start < ends[-1] if mostly_empty else None
         layout = layouts.Blocks(expert_of_block.astype(jnp.int32), used)
     rows = permute.rows_from_tokens(x, pair_of_row // top_k, row_of_token)
-    outputs = permute.tokens_from_rows(experts(rows, layout), row_of_token, pair_of_row)  # [M, k, D]
+    beside = _probe_rows(probe, pair_of_row, row_of_pair)
+    outputs = permute.tokens_from_rows(experts(rows, layout, *beside), row_of_token, pair_of_row)  # [M, k, D]
     return jnp.einsum("Mk,MkD->MD", routed.weight.astype(x.dtype), outputs)
+
+
+def _probe_rows(probe: jax.Array | None, pair_of_row: jax.Array, row_of_pair: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the probe of each row, float[R, n], or nothing; its cotangent comes back to the pairs."""
+    if probe is None:
+        return ()
+    pairs = probe.reshape(-1, probe.shape[-1])  # [M * k, n]
+    return (permute.rows_from_tokens(pairs, pair_of_row, row_of_pair[:, None]),)
 
 
 def _fitting(tokens: int, top_k: int, num_experts: int, block_rows: int) -> str:
@@ -190,6 +209,7 @@ def capacity(
     capacity: int,
     renormalize: bool,
     priority: jax.Array | None,
+    probe: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns float[M, D] and the number of dropped assignments.
 
@@ -202,6 +222,7 @@ def capacity(
       capacity: slots of an expert in each group.
       renormalize: see plan_slots.
       priority: float32[M] or None, see plan_slots.
+      probe: float32[M, k, n] or None.
     """
     tokens, top_k = routed.index.shape
     num_experts = routed.probs.shape[-1]
@@ -223,7 +244,10 @@ def capacity(
     row_of_token = jnp.where(plan.kept, row, num_rows).reshape(tokens, top_k).astype(jnp.int32)
     pair_of_row = permute.invert(row_of_token.reshape(-1), num_rows)
     rows = permute.rows_from_tokens(x, pair_of_row // top_k, row_of_token)
-    outputs = experts(rows.reshape(num_experts, slots_per_expert, -1), layouts.Slots())
+    beside = (
+        p.reshape(num_experts, slots_per_expert, -1) for p in _probe_rows(probe, pair_of_row, row_of_token.reshape(-1))
+    )
+    outputs = experts(rows.reshape(num_experts, slots_per_expert, -1), layouts.Slots(), *beside)
     outputs = permute.tokens_from_rows(outputs.reshape(num_rows, -1), row_of_token, pair_of_row)
     weight = plan.weight.reshape(tokens, top_k).astype(x.dtype)
     return jnp.einsum("Mk,MkD->MD", weight, outputs), plan.dropped.sum()

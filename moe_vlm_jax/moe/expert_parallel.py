@@ -14,7 +14,6 @@ The axes 'data' and 'fsdp' only hold other rows: their devices exchange nothing 
 matrices and is left to the compiler.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,7 @@ from jax.sharding import PartitionSpec
 from moe_vlm_jax import sharding
 from moe_vlm_jax.moe import dispatch as dispatch_lib
 from moe_vlm_jax.moe import router as router_lib
+from moe_vlm_jax.moe import token_gradients
 
 AXIS = "expert"
 
@@ -42,6 +42,7 @@ def apply(
     key: jax.Array | None,
     mesh: jax.sharding.Mesh,
     has_slots: bool,
+    watched: frozenset[str] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns float[M, D] and the number of dropped assignments, as `dispatch` on one device would.
 
@@ -55,6 +56,8 @@ def apply(
       key: for adapters' dropout, or None; every device draws its own.
       mesh: from `sharding.make_mesh`.
       has_slots: whether the dispatch calls its experts with `layouts.Slots`, which can be exchanged.
+      watched: experts' parameters whose token gradients are wanted (moe/token_gradients.py); the last of per_token is
+        then the probe. None: there is none.
     """
     graphdef, state = nnx.split(experts)
     rows, one_each = PartitionSpec(sharding.ROWS), PartitionSpec(AXIS)
@@ -65,7 +68,9 @@ def apply(
         local = nnx.merge(graphdef, state)
         if key is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(sharding.ROWS))
-        run = functools.partial(local, key=key)
+        # Rows of the axis 'expert' come together below; those of the other axes do not.
+        others = tuple(axis for axis in sharding.ROWS if axis != AXIS)
+        run = token_gradients.bind(local, key=key, names=watched, axes=others)
         if has_slots:
             y, dropped = dispatch(_exchanged(run), x, choices, *per_token)
         else:
@@ -88,9 +93,12 @@ def apply(
 def _exchanged(experts: dispatch_lib.Experts) -> dispatch_lib.Experts:
     """Returns experts for rows [E, S, D] of all experts: sends them to where they are computed, and back."""
 
-    def run(rows: jax.Array, layout: Any) -> jax.Array:
-        rows = jax.lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=1, tiled=True)  # [E / n, n * S, D]
-        return jax.lax.all_to_all(experts(rows, layout), AXIS, split_axis=1, concat_axis=0, tiled=True)
+    def there(rows: jax.Array) -> jax.Array:
+        return jax.lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=1, tiled=True)  # [E / n, n * S, D]
+
+    def run(rows: jax.Array, layout: Any, *probe: jax.Array) -> jax.Array:
+        outputs = experts(there(rows), layout, *map(there, probe))
+        return jax.lax.all_to_all(outputs, AXIS, split_axis=1, concat_axis=0, tiled=True)
 
     return run
 

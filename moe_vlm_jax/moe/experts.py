@@ -1,5 +1,7 @@
 """The experts of one layer: E feed-forward networks of equal shape, stacked."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -30,10 +32,32 @@ class Experts(nnx.Module):
         self.down = expert_linear(mlp_dim, embed_dim)
         self.act = act
 
-    def __call__(self, rows: jax.Array, layout, *, key: jax.Array | None = None) -> jax.Array:
-        """Applies to each row the expert that the layout (moe/layouts.py) assigns it to; the key is for adapters."""
+    def __call__(
+        self,
+        rows: jax.Array,
+        layout,
+        *,
+        key: jax.Array | None = None,
+        listen: Callable[..., jax.Array] | None = None,
+    ) -> jax.Array:
+        """Applies to each row the expert that the layout (moe/layouts.py) assigns it to.
+
+        Args:
+          rows: as the layout arranges them.
+          layout: of moe/layouts.py.
+          key: for adapters' dropout; None turns it off.
+          listen: as in nn.linear.ExpertLinear, with names such as 'up/kernel'.
+        """
         act = mlp.activation(self.act)
         up, gate, down = dropout.split(key, 3)
-        hidden = self.up(rows, layout, key=up)
-        hidden = act(hidden) if self.gate is None else act(self.gate(rows, layout, key=gate)) * hidden
-        return self.down(hidden, layout, key=down)
+
+        def below(part: str) -> Callable[..., jax.Array] | None:
+            hear = listen
+            return None if hear is None else lambda name, x, y: hear(f"{part}/{name}", x, y)
+
+        hidden = self.up(rows, layout, key=up, listen=below("up"))
+        if self.gate is None:
+            hidden = act(hidden)
+        else:
+            hidden = act(self.gate(rows, layout, key=gate, listen=below("gate"))) * hidden
+        return self.down(hidden, layout, key=down, listen=below("down"))

@@ -8,7 +8,7 @@ from flax import nnx
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import sharding
-from moe_vlm_jax.moe import dispatch, expert_parallel, modality_router
+from moe_vlm_jax.moe import dispatch, expert_parallel, modality_router, token_gradients
 from moe_vlm_jax.moe import experts as experts_lib
 from moe_vlm_jax.moe import router as router_lib
 from moe_vlm_jax.nn import dropout, linear, mlp
@@ -49,13 +49,31 @@ class MoELayer(nnx.Module):
         self.mesh = mesh
 
     def __call__(
-        self, x: jax.Array, context: router_lib.RouteContext, *, key: jax.Array | None = None
+        self,
+        x: jax.Array,
+        context: router_lib.RouteContext,
+        *,
+        key: jax.Array | None = None,
+        watch: token_gradients.LayerWatch | None = None,
     ) -> tuple[jax.Array, router_lib.RouterOutput]:
-        """Returns float[B, T, D] and the routing of its M = B * T tokens; the key is for adapters' dropout."""
+        """Returns float[B, T, D] and the routing of its M = B * T tokens.
+
+        Args:
+          x: float[B, T, D].
+          context: what the router may know.
+          key: for adapters' dropout; None turns it off.
+          watch: how the backward pass is to tell of token gradients, or None.
+        """
         flat = x.reshape(-1, x.shape[-1])
         routed = self.router(flat, context)
         experts_key, residual_key, coefficient_key = dropout.split(key, 3)
-        y, dropped = self._dispatch(flat, routed, context, experts_key)
+        probe = None
+        if watch is not None:
+            # Told through the hidden states, too, it would mix with the token gradients of the layers below.
+            apart = self.router.logits(jax.lax.stop_gradient(flat))
+            probe = watch.probe(apart, routed.index)
+        names = None if watch is None else watch.names
+        y, dropped = self._dispatch(flat, routed, context, experts_key, names, probe)
         y = y.reshape(x.shape)
         if self.residual is not None and self.coefficient is not None:
             logits = self.coefficient(x, key=coefficient_key).astype(jnp.float32)
@@ -63,7 +81,7 @@ class MoELayer(nnx.Module):
             y = y * share[..., 0:1] + self.residual(x, key=residual_key) * share[..., 1:2]
         return y, routed._replace(dropped=dropped)
 
-    def _dispatch(self, flat, routed, context, key) -> tuple[jax.Array, jax.Array]:
+    def _dispatch(self, flat, routed, context, key, names, probe) -> tuple[jax.Array, jax.Array]:
         """Runs the config's dispatch: over the mesh where its devices share the rows evenly, else on all tokens."""
         config, has_slots = self.config, self.config.dispatch == "capacity"
         takes_slot = jnp.ones(flat.shape[0], bool) if config.padding_takes_capacity else context.valid.reshape(-1)
@@ -74,19 +92,30 @@ class MoELayer(nnx.Module):
         num_rows, parts = context.valid.shape[0], sharding.num_row_devices(self.mesh)
         if self.mesh is None or parts == 1 or num_rows % parts or config.expert_parallel == "gspmd":
             run = functools.partial(self._run, num_rows=num_rows, train=context.train)
-            return run(functools.partial(self.experts, key=key), flat, routed, takes_slot, priority)
+            experts = token_gradients.bind(self.experts, key=key, names=names)
+            return run(experts, flat, routed, takes_slot, priority, probe)
         # Slots belong to rows; without slots, nothing asks for rows.
         run = functools.partial(self._run, num_rows=num_rows // parts, train=context.train)
         return expert_parallel.apply(
-            run, self.experts, flat, routed, takes_slot, priority, key=key, mesh=self.mesh, has_slots=has_slots
+            run,
+            self.experts,
+            flat,
+            routed,
+            takes_slot,
+            priority,
+            probe,
+            key=key,
+            mesh=self.mesh,
+            has_slots=has_slots,
+            watched=names,
         )
 
-    def _run(self, experts, x, routed, takes_slot, priority, *, num_rows, train) -> tuple[jax.Array, jax.Array]:
+    def _run(self, experts, x, routed, takes_slot, priority, probe, *, num_rows, train) -> tuple[jax.Array, jax.Array]:
         """Returns float[M, D] and the number of dropped assignments of M tokens in num_rows rows."""
         config = self.config
         match config.dispatch:
             case "dense":
-                return dispatch.dense(x, routed, experts), jnp.zeros((), jnp.float32)
+                return dispatch.dense(x, routed, experts, probe=probe), jnp.zeros((), jnp.float32)
             case "dropless":
                 y = dispatch.dropless(
                     x,
@@ -95,6 +124,7 @@ class MoELayer(nnx.Module):
                     grouped_matmul=config.grouped_matmul,
                     block_rows=config.block_rows,
                     mostly_empty=routed.probs.shape[-1] < self.num_experts,
+                    probe=probe,
                 )
                 return y, jnp.zeros((), jnp.float32)
             case "capacity":
@@ -115,6 +145,7 @@ class MoELayer(nnx.Module):
                     capacity=slots,
                     renormalize=config.renormalize,
                     priority=priority,
+                    probe=probe,
                 )
         raise ValueError(f"moe.dispatch={config.dispatch!r} is unknown; use dropless, capacity or dense.")
 

@@ -36,7 +36,7 @@ class ModalityRouter(router_lib.TopKRouter):
         is_image = context.modality.reshape(-1) == 1
         sets = [jnp.isin(jnp.arange(num_experts), jnp.array(e)) for e in (config.text_experts, config.image_experts)]
         allowed = jnp.where(is_image[:, None], sets[1], sets[0])  # [M, E]
-        out = self.choose(jnp.where(allowed, self.scores(x), -jnp.inf), context)
+        out = self.choose(jnp.where(allowed, self.logits(x), -jnp.inf), context)
         if set(config.text_experts) == set(config.image_experts):
             return out
         everywhere = jnp.ones_like(is_image) if config.padding_takes_capacity else context.valid.reshape(-1)

@@ -77,17 +77,17 @@ class TopKRouter(nnx.Module):
 
         Logits are float32 at full precision: rounding them to bfloat16 makes ties, and ties change experts.
         """
-        return self.choose(self.scores(x), context)
-
-    def scores(self, x: jax.Array) -> jax.Array:
-        """float[M, D] -> float32[M, E]."""
-        return jnp.dot(x.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        return self.choose(self.logits(x), context)
 
     def choose(self, logits: jax.Array, context: RouteContext) -> RouterOutput:
         """float32[M, E] -> the routing that the config asks for; an expert at -inf is never chosen."""
         routed = jnp.ones(logits.shape[:1], bool) if self.config.padding_takes_capacity else context.valid.reshape(-1)
         second_noise = context.noise if self.config.gumbel_second_choice else None
         return route(logits, routed, top_k=self.config.top_k, renormalize=self.config.renormalize, noise=second_noise)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Returns float32[M, E] at full precision: rounding to bfloat16 makes ties, and ties change experts."""
+        return jnp.dot(x.astype(jnp.float32), self.kernel[...].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 def route(

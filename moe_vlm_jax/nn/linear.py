@@ -1,6 +1,7 @@
 """Linear layers: one matrix, or one matrix per expert; float or quantised, alone or with a LoRA beside it."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,23 +66,37 @@ class ExpertLinear(nnx.Module):
         self.lora_b: Any = nnx.data(None)
         self.lora: lora_lib.Scaling | None = None
 
-    def __call__(self, rows: jax.Array, layout, *, key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        rows: jax.Array,
+        layout,
+        *,
+        key: jax.Array | None = None,
+        listen: Callable[..., jax.Array] | None = None,
+    ) -> jax.Array:
         """float[*rows, in] -> float[*rows, out]; the layout picks each row's expert.
 
         Args:
           rows: as the layout arranges them.
           layout: of moe/layouts.py.
           key: for the adapter's dropout; None turns it off.
+          listen: hears of every product with a parameter: (name of the parameter, inputs, outputs) -> outputs; inputs
+            are None for the bias (moe/token_gradients.py).
         """
         kernel = layout.select(self.kernel.get_value())
         if isinstance(kernel, stored.Transposed):  # of a single expert, who takes all rows
             y = kernel.rows_times(rows, rows.dtype)
         else:
             y = matmul.apply(_layout_matmul, rows, kernel, layout)
+        if listen is not None:
+            y = listen("kernel", rows, y)
         if self.lora is not None:
             lora_a, lora_b = (layout.select(factor[...]) for factor in (self.lora_a, self.lora_b))
-            y = y + lora_lib.update(layout.matmul, rows, lora_a, lora_b, self.lora, key=key)
-        return y if self.bias is None else layout.add_bias(y, layout.select(self.bias[...]).astype(rows.dtype))
+            y = y + lora_lib.update(layout.matmul, rows, lora_a, lora_b, self.lora, key=key, listen=listen)
+        if self.bias is None:
+            return y
+        y = layout.add_bias(y, layout.select(self.bias[...]).astype(rows.dtype))
+        return y if listen is None else listen("bias", None, y)
 
 
 def _widened(rows: jax.Array, kernel: jax.Array) -> jax.Array:

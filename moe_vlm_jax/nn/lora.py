@@ -37,6 +37,7 @@ def update(
     settings: Scaling,
     *,
     key: jax.Array | None,
+    listen: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
     """Returns scale * dropout(rows) A B, in the dtype of rows.
 
@@ -47,9 +48,16 @@ def update(
       lora_b: float[..., R, out].
       settings: scale and dropout.
       key: for the dropout; None turns it off.
+      listen: called with 'lora_a' or 'lora_b', the factor's inputs and its outputs; returns these.
     """
-    hidden = multiply(dropout.dropout(rows, settings.dropout, key), lora_a.astype(rows.dtype))
-    return multiply(hidden, lora_b.astype(rows.dtype)) * settings.scale
+    inputs = dropout.dropout(rows, settings.dropout, key)
+    hidden = multiply(inputs, lora_a.astype(rows.dtype))
+    if listen is not None:
+        hidden = listen("lora_a", inputs, hidden)
+    y = multiply(hidden, lora_b.astype(rows.dtype))
+    if listen is not None:
+        y = listen("lora_b", hidden, y)
+    return y * settings.scale
 
 
 def initial_a(key: jax.Array, shape: tuple[int, ...], init: str) -> jax.Array:

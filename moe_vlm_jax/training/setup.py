@@ -22,7 +22,7 @@ from moe_vlm_jax.data import host as host_lib
 from moe_vlm_jax.data import pipeline, stream, trees
 from moe_vlm_jax.models import vlm
 from moe_vlm_jax.quant import state as quant
-from moe_vlm_jax.training import base, checkpoint, coverage, pair_scores, preference_step, steps
+from moe_vlm_jax.training import base, checkpoint, coverage, pair_scores, preference_step, steps, stgc_step
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import reference as reference_lib
 from moe_vlm_jax.training import state as state_lib
@@ -220,6 +220,9 @@ def make_step(
 ) -> steps.TrainStep:
     """Returns the jitted step whose new state lies where `abstract_state` says."""
     objective = steps.SUPERVISED if config.preference.loss == "none" else preference_step.PREFERENCE
+    if config.training.stgc.coefficient:
+        stgc_step.check(config.model, config.training.stgc, frozenset(tree.leaves(model.trainable)))
+        objective = stgc_step.OBJECTIVE
     return steps.make_train_step(
         model.graphdef, optimizer, config, objective=objective, out_shardings=base.shardings(abstract)
     )

@@ -14,6 +14,7 @@ from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import sharding
 from moe_vlm_jax.losses import language_modeling, routing
 from moe_vlm_jax.models import vlm
+from moe_vlm_jax.moe import token_gradients
 from moe_vlm_jax.training import optimizer as optimizer_lib
 from moe_vlm_jax.training import state as state_lib
 
@@ -43,10 +44,12 @@ class Objective(NamedTuple):
       loss: (trainable, frozen, batch [B, T], reference; whole, step, key, graphdef, config) -> this micro-batch's share
         of the loss (shares add up to it), and figures that also add up.
       count: Batch [A, B, T] -> counts over all micro-batches that the loss divides by.
+      gradients: as loss, but returns its gradient in the place of its value; None: autodiff of loss.
     """
 
     loss: Callable[..., tuple[jax.Array, Metrics]]
     count: Callable[[batch_lib.Batch], Any]
+    gradients: Callable[..., tuple[nnx.State, Metrics]] | None = None
 
 
 def make_train_step(
@@ -73,7 +76,9 @@ def make_train_step(
     objective = objective or SUPERVISED
     step = functools.partial(
         _train_step,
-        loss_fn=functools.partial(objective.loss, graphdef=graphdef, config=config),
+        gradient_fn=functools.partial(
+            objective.gradients or jax.grad(objective.loss, has_aux=True), graphdef=graphdef, config=config
+        ),
         count=objective.count,
         optimizer=optimizer,
     )
@@ -107,8 +112,39 @@ def supervised_loss(
       config: the run's.
     """
     del reference
+    terms = supervised_terms(
+        trainable, frozen=frozen, batch=batch, whole=whole, step=step, key=key, graphdef=graphdef, config=config
+    )
+    return terms.cross_entropy + terms.routing, terms.metrics
+
+
+class SupervisedTerms(NamedTuple):
+    """Attributes: cross_entropy, routing: a micro-batch's shares of the loss; metrics; output of the model."""
+
+    cross_entropy: jax.Array
+    routing: jax.Array
+    metrics: Metrics
+    output: vlm.ModelOutput
+
+
+def supervised_terms(
+    trainable: nnx.State,
+    *,
+    frozen: nnx.State,
+    batch: batch_lib.Batch,
+    whole: Whole,
+    step: jax.Array,
+    key: jax.Array,
+    graphdef: nnx.GraphDef,
+    config: config_lib.RunConfig,
+    watch: token_gradients.Watch | None = None,
+) -> SupervisedTerms:
+    """Returns the terms of `supervised_loss`, which has the same arguments.
+
+    watch: what of the backward pass is wanted of each MoE layer.
+    """
     model = vlm.gather_shared(nnx.merge(graphdef, trainable, frozen))
-    output = model(batch, train=True, step=step, rng=key)
+    output = model(batch, train=True, step=step, rng=key, watch=watch)
     tokens = language_modeling.next_token_loss(
         output.hidden,
         batch.labels,
@@ -123,7 +159,7 @@ def supervised_loss(
         "train/cross_entropy": cross_entropy,
         "train/token_accuracy": tokens.correct / whole.tokens,
     }
-    return loss, metrics | routing_metrics
+    return SupervisedTerms(cross_entropy, routing_loss, metrics | routing_metrics, output)
 
 
 SUPERVISED = Objective(supervised_loss, count=lambda batch: None)
@@ -169,7 +205,7 @@ def _train_step(
     batch: batch_lib.Batch,
     reference: nnx.State | None = None,
     *,
-    loss_fn: Callable,
+    gradient_fn: Callable,
     count: Callable[[batch_lib.Batch], Any],
     optimizer: optimizer_lib.Optimizer,
 ) -> tuple[state_lib.TrainState, Metrics]:
@@ -181,7 +217,7 @@ def _train_step(
         counts=count(batch),
     )
     gradients, metrics = _gradients(
-        functools.partial(loss_fn, whole=whole, step=state.step),
+        functools.partial(gradient_fn, whole=whole, step=state.step),
         state.trainable,
         frozen,
         batch,
@@ -213,7 +249,7 @@ def _train_step(
 
 
 def _gradients(
-    loss_fn: Callable,
+    gradient_fn: Callable,
     trainable: nnx.State,
     frozen: nnx.State,
     batch: batch_lib.Batch,
@@ -221,7 +257,6 @@ def _gradients(
     key: jax.Array,
 ) -> tuple[nnx.State, Metrics]:
     """Returns float32 gradients and metrics, summed over the micro-batches."""
-    gradient_fn = jax.grad(loss_fn, has_aux=True)
     num_micro_batches = batch.labels.shape[0]
 
     def one(micro_batch: batch_lib.Batch, index: jax.Array) -> tuple[nnx.State, Metrics]:
