@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import logging
 import os
 import pathlib
 
@@ -9,6 +10,7 @@ os.environ.setdefault("XLA_FLAGS", xla.flags())  # before jax starts its backend
 
 import jax
 import pytest
+from absl import logging as absl_logging
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -20,6 +22,16 @@ _LONG = ("moe/expert_parallel_test.py", "train_test.py", "distributed_test.py", 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Moves the files of _LONG to the front."""
     items.sort(key=lambda item: not str(item.path).endswith(_LONG))
+
+
+_VERBOSITY = absl_logging.get_verbosity()
+
+
+@pytest.fixture(autouse=True)
+def _log_of_its_own():
+    """Undoes what a command line that runs inside a test, or inside a fixture before it, does to the process's log."""
+    logging.root.removeHandler(absl_logging.get_absl_handler())
+    absl_logging.set_verbosity(_VERBOSITY)
 
 
 @pytest.fixture(scope="session")

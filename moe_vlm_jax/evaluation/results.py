@@ -56,6 +56,7 @@ _RULES = {"llava": "LLaVA", "vlmevalkit": "VLMEvalKit", "lmms_eval": "lmms-eval"
 # What may change between two calls with one target: which sets, where files lie, how fast, and the judge, which
 # judging.py compares itself.
 _FREE = {
+    "report",
     *("benchmarks", "workdir", "checkpoint", "tokenizer", "vision", "target", "data_root", "batch_size", "chunk"),
     "judge",
 }
