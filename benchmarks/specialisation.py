@@ -18,6 +18,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -175,8 +176,8 @@ def curves(rows: Sequence[dict], sweep: str) -> bytes:
             ax.plot([x] * len(seeds), seeds, "o", color=drawing.SKY, markersize=4)
         ax.plot(range(len(found)), [statistics.mean(seeds) for seeds in found.values()], color=drawing.BLUE)
         ax.set_xticks(range(len(found)), list(found), fontsize=8, rotation=45)
-        ax.set_title(title.replace(" (", "\n(").replace(", ", ",\n").replace(" of expert", "\nof expert"), fontsize=8)
-        ax.set_xlabel(SWEEPS[sweep].title, fontsize=8)
+        ax.set_title("\n".join(textwrap.wrap(title, 26)), fontsize=8)
+    figure.supxlabel(SWEEPS[sweep].title, fontsize=9)
     return drawing.png(figure)
 
 
