@@ -122,6 +122,19 @@ def test_the_images_of_recent_prompts_are_kept_and_no_more_of_them():
     assert counts == [7, 3, 7, 7]
 
 
+def test_the_penalty_knows_the_tokens_in_front_of_an_image():
+    front = list(range(1, 45))
+    picture = generate_test.prompts()[1].images
+    prompt = prompts_lib.Prompt(np.array([*front, generate_test.IMAGE, 50], np.int32), picture)
+    generation = config_lib.GenerationConfig(max_new_tokens=4, repetition_penalty=1e6)
+    engine = make_engine(cache_length=64)
+    asked = engine_lib.Request(prompt=prompt, generation=generation)
+    first, again = (drive(engine, [[asked]]) for _ in range(2))  # the second time from what was kept
+    tokens, _ = first[1]
+    assert len(tokens) == 4 and not set(tokens) & {*front, 50}
+    assert again[2] == first[1]
+
+
 def test_a_cancelled_request_says_no_more_and_leaves_its_row():
     engine = make_engine(num_rows=1)
     long, short = (

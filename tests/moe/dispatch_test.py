@@ -73,6 +73,7 @@ def dense_oracle(options: tuple):
     [
         {"dispatch": "dropless", "grouped_matmul": "blocks"},
         {"dispatch": "dropless", "grouped_matmul": "ragged"},
+        {"dispatch": "dropless", "grouped_matmul": "experts"},
         {"dispatch": "capacity"},
         {"dispatch": "capacity", "capacity_group": "row"},
     ],
