@@ -77,9 +77,11 @@ class MoEConfig:
     placement: str = "sparse"  # sparse = layers 0, 2, 4, ...; ignored when layers is given
     layers: tuple[int, ...] = ()  # explicit layer indices
     num_experts: tuple[int, ...] = (4,)  # one for all MoE layers, or one per MoE layer
-    router: str = "topk"  # topk (over all experts) | modality (text and image tokens have experts of their own)
+    # topk (over all experts) | modality (text and image tokens have experts of their own) | cluster (of the question)
+    router: str = "topk"
     text_experts: tuple[int, ...] = ()  # modality only: what text may choose from; both together name all experts
     image_experts: tuple[int, ...] = ()
+    clusters: str = ""  # cluster only: file of moe_vlm_jax.cluster_questions
     top_k: int = 2
     renormalize: bool = True  # weights sum to 1 over the chosen; top_k=1 always uses the raw probability
     dispatch: str = "dropless"  # dropless | capacity (the reference) | dense (every expert, the oracle)
@@ -146,6 +148,11 @@ class ModelConfig:
     def layer_experts(self) -> tuple[int, ...]:
         """Experts of each decoder layer, 0 for a dense layer."""
         return layer_experts(self.moe, self.decoder.num_layers)
+
+    @property
+    def routes_by_question(self) -> bool:
+        """Whether a token's experts depend on what is asked behind it, so that questions share no beginning."""
+        return self.moe.router == "cluster" and any(self.layer_experts)
 
 
 def layer_experts(moe: MoEConfig, num_layers: int) -> tuple[int, ...]:

@@ -352,7 +352,10 @@ class _StepCount:
         sizes = {"dim": dec.embed_dim, "hidden": dec.mlp_dim, "gated": dec.gated_mlp}
         if num_experts:
             before = self.reached
-            self.matmul("router", f"{path}/moe/router", tokens, dec.embed_dim, num_experts)
+            if config.moe.router == "cluster":  # a look-up
+                self.passed(f"{path}/moe/router")
+            else:
+                self.matmul("router", f"{path}/moe/router", tokens, dec.embed_dim, num_experts)
             after_router = self.reached
             if config.moe.use_residual:
                 self.reached = before

@@ -1,5 +1,7 @@
 """What single fields of a config may hold: words and ranges, by dotted path. Rules between fields: validation.py."""
 
+from collections.abc import Iterator
+
 from moe_vlm_jax import config as config_lib
 
 CHOICES = {
@@ -13,7 +15,7 @@ CHOICES = {
     "model.decoder.norm": ("layernorm", "rmsnorm"),
     "model.decoder.activation": ("gelu_tanh", "gelu", "silu"),
     "model.moe.placement": config_lib.PLACEMENTS,
-    "model.moe.router": ("topk", "modality"),
+    "model.moe.router": ("topk", "modality", "cluster"),
     "model.moe.dispatch": ("dropless", "capacity", "dense"),
     "model.moe.grouped_matmul": ("auto", "ragged", "blocks"),
     "model.moe.capacity_group": ("batch", "row"),
@@ -114,3 +116,12 @@ RANGES: dict[tuple[float | None, float | None, bool], dict[str, str]] = {
         "preference": "top_p",
     },
 }
+
+
+def no_effect(section: object, prefix: str, names: str, reason: str) -> Iterator[str]:
+    """Yields a mistake for each of the names whose value is not its default."""
+    default = type(section)()
+    for name in names.split():
+        value, usual = getattr(section, name), getattr(default, name)
+        if value != usual:
+            yield f"{prefix}.{name}={value!r} has no effect {reason}; leave it at {usual!r}."

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterator
 
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import limits
+from moe_vlm_jax import expert_rules, limits
 
 
 def validate(config: config_lib.RunConfig) -> None:
@@ -21,9 +21,9 @@ def validate(config: config_lib.RunConfig) -> None:
     """
     mistakes = list(type_mistakes(config))
     if not mistakes:  # the other rules compute with the values
-        mistakes = [*_ranges(config), *_patterns(config), *_model(config.model), *_moe(config.model)]
-        mistakes += [*_adaptation(config.model), *_data(config), *_training(config), *_stgc(config)]
-        mistakes += [*_preference(config)]
+        mistakes = [*_ranges(config), *_patterns(config), *_model(config.model), *expert_rules.experts(config.model)]
+        mistakes += [*_adaptation(config.model), *_data(config), *_training(config), *expert_rules.stgc(config)]
+        mistakes += [*_preference(config), *expert_rules.shared_questions(config)]
     if mistakes:
         raise ValueError("\n".join(mistakes))
 
@@ -157,83 +157,16 @@ def _drops_border(vision: config_lib.VisionConfig) -> bool:
     return (vision.image_size, vision.patch_size, vision.class_token) == (384, 14, False)
 
 
-def _moe(model: config_lib.ModelConfig) -> Iterator[str]:
-    moe, num_layers = model.moe, model.decoder.num_layers
-    if moe.placement not in config_lib.PLACEMENTS:
-        return
-    if any(layer >= num_layers for layer in moe.layers) or len(set(moe.layers)) != len(moe.layers):
-        yield (
-            f"model.moe.layers={moe.layers!r} must be different layers below model.decoder.num_layers={num_layers}; "
-            "correct it."
-        )
-        return
-    num_moe = sum(config_lib.layer_experts(dataclasses.replace(moe, num_experts=(1,)), num_layers))
-    if len(moe.num_experts) not in {1, num_moe}:
-        yield (
-            f"model.moe.num_experts={moe.num_experts!r} has {len(moe.num_experts)} entries for {num_moe} MoE layers; "
-            f"give one for all of them, or {num_moe}."
-        )
-    elif moe.top_k > min(moe.num_experts):
-        yield (
-            f"model.moe.top_k={moe.top_k} is more than num_experts={min(moe.num_experts)}, and a token's choices are "
-            "different experts; lower top_k or raise num_experts."
-        )
-    idle = functools.partial(_no_effect, moe, "model.moe")
-    if moe.layers:
-        yield from idle("placement", "beside model.moe.layers")
-    if moe.dispatch != "capacity":
-        slots = "capacity_factor eval_capacity_factor min_capacity capacity_group random_token_selection"
-        yield from idle(slots, f"with dispatch={moe.dispatch!r} (only 'capacity' has slots)")
-    elif moe.random_token_selection and moe.top_k > 1:
-        yield f"model.moe.random_token_selection=True needs top_k=1, not {moe.top_k}; turn it off."
-    if moe.dispatch != "dropless":
-        yield from idle("grouped_matmul block_rows", f"with dispatch={moe.dispatch!r} (only 'dropless' groups)")
-    elif moe.grouped_matmul == "ragged":
-        yield from idle("block_rows", "with grouped_matmul='ragged'")
-    yield from _modalities(moe)
-    if moe.top_k == 1:
-        yield from idle("renormalize gumbel_second_choice", "with top_k=1 (there is no second choice)")
-
-
-def _modalities(moe: config_lib.MoEConfig) -> Iterator[str]:
-    if moe.router != "modality":
-        yield from _no_effect(moe, "model.moe", "text_experts image_experts", f"with router={moe.router!r}")
-        return
-    if len(set(moe.num_experts)) > 1:
-        yield (
-            f"model.moe.num_experts={moe.num_experts!r} differs between layers, but router='modality' has one set of "
-            "experts for text and one for images; use one number."
-        )
-        return
-    num_experts = moe.num_experts[0]
-    held = {"text_experts": moe.text_experts, "image_experts": moe.image_experts}
-    for name, experts in held.items():
-        if len(set(experts)) != len(experts) or any(not 0 <= expert < num_experts for expert in experts):
-            yield f"model.moe.{name}={experts!r} must be different experts from 0 to {num_experts - 1}; correct it."
-        elif not experts:
-            yield f"model.moe.{name}=() leaves these tokens without an expert; name at least one."
-        elif moe.top_k > len(experts):
-            yield (
-                f"model.moe.top_k={moe.top_k} is more than the {len(experts)} of model.moe.{name}={experts!r}, and a "
-                "token's choices are different experts; lower top_k or name more."
-            )
-    if missing := sorted(set(range(num_experts)).difference(*held.values())):
-        yield (
-            f"experts {missing} are in neither model.moe.text_experts nor model.moe.image_experts and would never be "
-            "chosen; name them or lower num_experts."
-        )
-
-
 def _adaptation(model: config_lib.ModelConfig) -> Iterator[str]:
     quant, lora = model.quant, model.lora
     if quant.kind == "none":
-        yield from _no_effect(quant, "model.quant", "block double targets", "with model.quant.kind='none'")
+        yield from limits.no_effect(quant, "model.quant", "block double targets", "with model.quant.kind='none'")
     elif not quant.targets:
         yield f"model.quant.kind={quant.kind!r} quantises nothing with model.quant.targets=(); name a pattern."
     elif quant.kind != "int8" and quant.block % 2:
         yield f"model.quant.block={quant.block} must be even for {quant.kind!r}: two codes share a byte; use 64."
     if lora.rank == 0:
-        yield from _no_effect(lora, "model.lora", "alpha dropout rslora init targets", "with model.lora.rank=0")
+        yield from limits.no_effect(lora, "model.lora", "alpha dropout rslora init targets", "with model.lora.rank=0")
     elif not lora.targets:
         yield f"model.lora.rank={lora.rank} adapts nothing with model.lora.targets=(); name a pattern, or set rank=0."
 
@@ -261,7 +194,7 @@ def _data(config: config_lib.RunConfig) -> Iterator[str]:
         )
     if data.source in ("llava", "infographicvqa") and not data.path:
         yield f"data.path is empty but data.source={data.source!r} reads files; set data.path."
-    idle = functools.partial(_no_effect, data, "data")
+    idle = functools.partial(limits.no_effect, data, "data")
     by_source = f"with data.source={data.source!r}"
     if data.source in ("embedded", "easy_vqa"):
         yield from idle("path", by_source)
@@ -281,27 +214,31 @@ def _training(config: config_lib.RunConfig) -> Iterator[str]:
         yield "training.trainable=() trains nothing; name at least one pattern."
     if not config.data.eval_split:
         fields = "max_questions every_steps batch_size controls page_samples"
-        yield from _no_effect(config.evaluation, "evaluation", fields, "with data.eval_split=''")
+        yield from limits.no_effect(config.evaluation, "evaluation", fields, "with data.eval_split=''")
     if not training.base:
         names = "base_vision base_projector adapter upcycling_noise"
-        yield from _no_effect(training, "training", names, "without training.base")
+        yield from limits.no_effect(training, "training", names, "without training.base")
     elif training.base.startswith("@"):
         yield (
             f"training.base={training.base!r} names a run of a chain, but this run is none of a chain; give the folder "
             "of a checkpoint."
         )
     if config.model.moe.placement == "none" and not config.model.moe.layers:
-        yield from _no_effect(
+        yield from limits.no_effect(
             training, "training", "upcycling_noise routing_images_every", "in a model without experts"
         )
     if training.adapter and config.model.lora.rank == 0:
         yield f"training.adapter={training.adapter!r} has no place with model.lora.rank=0; set model.lora as there."
     if config.optimizer.name != "muon":
-        yield from _no_effect(config.optimizer, "optimizer", "muon_learning_rate", "without optimizer.name='muon'")
+        yield from limits.no_effect(
+            config.optimizer, "optimizer", "muon_learning_rate", "without optimizer.name='muon'"
+        )
     if config.optimizer.schedule == "constant":
-        yield from _no_effect(config.optimizer, "optimizer", "final_ratio", "with optimizer.schedule='constant'")
+        yield from limits.no_effect(config.optimizer, "optimizer", "final_ratio", "with optimizer.schedule='constant'")
     if config.generation.temperature == 0:
-        yield from _no_effect(config.generation, "generation", "top_p top_k", "with generation.temperature=0 (greedy)")
+        yield from limits.no_effect(
+            config.generation, "generation", "top_p top_k", "with generation.temperature=0 (greedy)"
+        )
     row_devices = max(mesh.data, 1) * mesh.fsdp * mesh.expert
     if training.batch_size % row_devices:
         yield (
@@ -313,35 +250,9 @@ def _training(config: config_lib.RunConfig) -> Iterator[str]:
             yield indivisible_experts(num_experts, mesh.expert)
 
 
-def _stgc(config: config_lib.RunConfig) -> Iterator[str]:
-    stgc, layers = config.training.stgc, config.training.stgc.layers
-    idle = functools.partial(_no_effect, stgc, "training.stgc")
-    if not stgc.coefficient:
-        yield from idle("threshold layers gradient alone", "with training.stgc.coefficient=0.0")
-        return
-    if config.model.moe.placement == "none" and not config.model.moe.layers:
-        yield from idle("coefficient", "in a model without experts")
-    if config.preference.loss != "none":
-        yield from idle(
-            "coefficient", f"with preference.loss={config.preference.loss!r} (it is for instruction tuning)"
-        )
-    if layers and (len(layers) != 2 or not layers[0] < layers[1] <= config.model.decoder.num_layers):
-        yield (
-            f"training.stgc.layers={layers!r} must be (first, end) with first below end and end at most "
-            f"model.decoder.num_layers={config.model.decoder.num_layers}; correct it or leave it empty for all."
-        )
-    if config.model.moe.router != "topk":
-        yield (
-            f"training.stgc.coefficient={stgc.coefficient} needs model.moe.router='topk', not "
-            f"{config.model.moe.router!r}: a token whose experts are given cannot be sent to others; set it to 0."
-        )
-    if stgc.alone and stgc.gradient != "full":
-        yield f"training.stgc.alone=True needs gradient='full', not {stgc.gradient!r}; set that, or alone to False."
-
-
 def _preference(config: config_lib.RunConfig) -> Iterator[str]:
     preference, model = config.preference, config.model
-    idle = functools.partial(_no_effect, preference, "preference")
+    idle = functools.partial(limits.no_effect, preference, "preference")
     if preference.loss == "none":
         fields = "beta label_smoothing gamma sft_coef reference precomputed pairs held_out num_pairs temperature top_p"
         yield from idle(fields, "with preference.loss='none'")
@@ -379,12 +290,3 @@ def _preference(config: config_lib.RunConfig) -> Iterator[str]:
             "compete for the slots of experts, so a log-prob would depend on the other pairs of its batch; use 'row' "
             "and data.pack=False, or dispatch='dropless'."
         )
-
-
-def _no_effect(section: object, prefix: str, names: str, reason: str) -> Iterator[str]:
-    """Yields a mistake for each of the names whose value is not its default."""
-    default = type(section)()
-    for name in names.split():
-        value, usual = getattr(section, name), getattr(default, name)
-        if value != usual:
-            yield f"{prefix}.{name}={value!r} has no effect {reason}; leave it at {usual!r}."

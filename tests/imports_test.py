@@ -22,7 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "rendezvous": set(),
     "distributed": {"rendezvous"},
     "limits": {"config"},
-    "validation": {"config", "limits"},
+    "expert_rules": {"config", "limits"},
+    "validation": {"config", "limits", "expert_rules"},
     "sharding": {"config", "batch", "validation", "quant"},
     "cost": {"config", "hlo", "models"},
     "quant": {"tree"},
@@ -51,11 +52,24 @@ OPEN = {"config", "tree", "batch", "sharding", "validation", "distributed"}
 # These stand below everything: what is open to all must not pull the rest in.
 CLOSED = {
     *("config", "tree", "batch", "hlo", "collectives", "traffic", "rendezvous", "distributed", "limits"),
+    "expert_rules",
     "validation",
     *("sharding", "cost", "losses", "data", "command_line", "chain", "assets", "origins"),
 }
 # Command lines may import anything, and nobody imports them.
-COMMAND_LINES = {"train", "generate", "chat", "serve", "convert", "merge", "plan", "evaluate", "report", "analyze"}
+COMMAND_LINES = {
+    "train",
+    "generate",
+    "chat",
+    "serve",
+    "convert",
+    "merge",
+    "plan",
+    "evaluate",
+    "report",
+    "analyze",
+    "cluster_questions",
+}
 
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 PYTHON_FILES = sorted(

@@ -261,6 +261,7 @@ def test_every_number_has_a_range_and_every_word_a_choice_or_a_meaning():
         "model.vision.select_layer",  # checked against the number of layers
         "model.projector",
         *("model.moe.text_experts", "model.moe.image_experts"),  # checked against the number of experts
+        "model.moe.clusters",
         *("data.path", "data.image_folder", "data.cache", "data.split", "data.eval_split", "data.tokenizer"),
         *(
             "data.answer_prompt",

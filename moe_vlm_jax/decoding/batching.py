@@ -47,7 +47,12 @@ class Plan(NamedTuple):
 
 
 def plan(
-    prompts: Sequence[np.ndarray], images: Sequence[tuple[Hashable, ...]], *, tokens_per_image: int, batch_size: int
+    prompts: Sequence[np.ndarray],
+    images: Sequence[tuple[Hashable, ...]],
+    *,
+    tokens_per_image: int,
+    batch_size: int,
+    split: bool,
 ) -> Plan:
     """Returns batches that hold every prompt once, but for repetitions at the end.
 
@@ -59,6 +64,7 @@ def plan(
       images: what each prompt's images are known by; equal ones are the same image.
       tokens_per_image: P.
       batch_size: prompts of a batch, if there are so many.
+      split: whether prompts may share their beginnings.
     """
     cuts = [prompts_lib.prefix_length(tokens) for tokens in prompts]
     whole = [prompts_lib.expanded_length(tokens, tokens_per_image) for tokens in prompts]
@@ -72,7 +78,7 @@ def plan(
     computed = sum(rest) + sum(
         prefix[i] for batches in shared.values() for batch in batches for i in _distinct(batch, beginnings)
     )
-    if computed > _WORTH_SPLITTING * sum(whole):
+    if not split or computed > _WORTH_SPLITTING * sum(whole):
         found = _buckets(list(range(len(prompts))), whole, batch_size)
         buckets = [Bucket(batches, length, _most(batches, images), 0, 0) for length, batches in found.items()]
         return Plan(buckets, sum(whole), sum(whole))
@@ -90,16 +96,17 @@ def round_up(length: int) -> int:
     return -(-length // unit) * unit
 
 
-def slots(tokens: np.ndarray, tokens_per_image: int) -> tuple[int, int]:
+def slots(tokens: np.ndarray, tokens_per_image: int, *, split: bool) -> tuple[int, int]:
     """Returns how many slots of a cache a prompt's beginning and its rest take, each rounded up.
 
     Args:
       tokens: int32[T] of the prompt, with image marks.
       tokens_per_image: P.
+      split: False: all of it is its rest.
     """
-    cut = prompts_lib.prefix_length(tokens)
-    front = prompts_lib.expanded_length(tokens[:cut], tokens_per_image)
-    return round_up(front) if front else 0, round_up(len(tokens) - cut)
+    cut = prompts_lib.prefix_length(tokens) if split else 0
+    front, rest = (prompts_lib.expanded_length(part, tokens_per_image) for part in (tokens[:cut], tokens[cut:]))
+    return round_up(front) if front else 0, round_up(rest)
 
 
 def _buckets(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> dict[int, list[list[int]]]:

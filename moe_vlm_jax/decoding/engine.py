@@ -130,7 +130,8 @@ class Engine:
         prompts_lib.check_length(length, new, self._config)
         if prompts_lib.prefix_length(request.prompt.tokens) == len(request.prompt.tokens):
             raise ValueError("the prompt ends with an image; put the question behind it.")
-        needed = sum(batching.slots(request.prompt.tokens, self._config.vision.num_tokens)) + new
+        split = not self._config.routes_by_question
+        needed = sum(batching.slots(request.prompt.tokens, self._config.vision.num_tokens, split=split)) + new
         if needed > self._length:
             raise ValueError(
                 f"a prompt of {length} tokens (rounded up {needed - new}) and max_new_tokens={new} exceed the cache's "
@@ -166,8 +167,9 @@ class Engine:
     def _admit(self, row: int, request_id: int, request: Request) -> Progress:
         """Puts a request into a free row and returns its first token."""
         prompt, per_image = request.prompt, self._config.vision.num_tokens
-        cut = prompts_lib.prefix_length(prompt.tokens)
-        front_length, rest_length = batching.slots(prompt.tokens, per_image)
+        split = not self._config.routes_by_question
+        cut = prompts_lib.prefix_length(prompt.tokens) if split else 0
+        front_length, rest_length = batching.slots(prompt.tokens, per_image, split=split)
         whole = prompts_lib.expanded_length(prompt.tokens, per_image)
         front, first, kept = None, 0, 0
         if front_length:
@@ -176,7 +178,8 @@ class Engine:
             kept = 0 if is_new else first
         self.prompt_tokens += whole
         self.computed_tokens += whole - kept
-        rest = self._batch(prompts_lib.Prompt(prompt.tokens[cut:]), rest_length, first_position=first)
+        later = prompts_lib.Prompt(prompt.tokens[cut:], () if front_length else prompt.images)
+        rest = self._batch(later, rest_length, first_position=first)
         key = jax.random.fold_in(jax.random.key(request.generation.seed), np.uint32(request.row_id))
         self._rows, token, ended, active = _admit(
             *self._model,
@@ -354,4 +357,5 @@ def _put(ring: vlm.KVCache, own: vlm.KVCache, row: jax.Array, slot: jax.Array) -
         position=put(ring.position, own.position),
         row_tree=put(ring.row_tree, own.row_tree),
         row_branch=put(ring.row_branch, own.row_branch),
+        row_cluster=put(ring.row_cluster, own.row_cluster),
     )

@@ -193,7 +193,13 @@ def answer_prompts(
       transform: of the model's vision tower.
     """
     vision = config.model.vision
-    plan = batching.plan(prompts, images, tokens_per_image=vision.num_tokens, batch_size=config.evaluation.batch_size)
+    plan = batching.plan(
+        prompts,
+        images,
+        tokens_per_image=vision.num_tokens,
+        batch_size=config.evaluation.batch_size,
+        split=not config.model.routes_by_question,
+    )
     logging.info(
         "prompts: %d tokens, of which %d are computed; the others' images are shared within a batch",
         plan.prompt_tokens,

@@ -10,8 +10,8 @@ from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import sharding
 from moe_vlm_jax.models import adapters, decoder, projector, vision
+from moe_vlm_jax.moe import question_clusters, token_gradients
 from moe_vlm_jax.moe import router as router_lib
-from moe_vlm_jax.moe import token_gradients
 from moe_vlm_jax.nn import attention, dropout
 
 
@@ -41,7 +41,7 @@ class KVCache(NamedTuple):
       slot: int32[] next slot to write, the same in all rows; uneven prompts leave invalid slots between. Behind the
         last slot comes the first one again: what stands there is lost.
       position: int32[B] rotary position of each row's next token.
-      row_tree, row_branch: int32[B] of each row's last token, inherited by new ones.
+      row_tree, row_branch, row_cluster: int32[B] of each row's last token, inherited by new ones.
     """
 
     layers: tuple
@@ -52,6 +52,7 @@ class KVCache(NamedTuple):
     position: jax.Array
     row_tree: jax.Array
     row_branch: jax.Array
+    row_cluster: jax.Array
 
 
 class VLM(nnx.Module):
@@ -71,6 +72,7 @@ class VLM(nnx.Module):
             config.projector, config.vision.embed_dim, config.decoder.embed_dim, dtype=dtype, rngs=rngs
         )
         self.decoder = decoder.Decoder(config, dtype=dtype, rngs=rngs, mesh=mesh)
+        self.clusters = question_clusters.read(config.moe.clusters) if config.routes_by_question else None
         self.config = config
         self.mesh = mesh
         adapters.attach(self, config.lora, rngs=rngs)
@@ -146,6 +148,7 @@ class VLM(nnx.Module):
         """
         out, _ = self._run(
             batch,
+            cluster=self._cluster(batch),
             train=train,
             step=step,
             rng=rng,
@@ -173,7 +176,8 @@ class VLM(nnx.Module):
         length = batch.tokens.shape[1]
         if cache_length < length:
             raise ValueError(f"cache_length={cache_length} is shorter than the prompts ({length}); enlarge it.")
-        out, layers = self._run(batch, train=False, step=0, rng=None, noise=None, collect_blocks=False)
+        cluster = self._cluster(batch)
+        out, layers = self._run(batch, cluster=cluster, train=False, step=0, rng=None, noise=None, collect_blocks=False)
         cache = KVCache(
             layers=layers,
             tree=batch.tree,
@@ -183,6 +187,7 @@ class VLM(nnx.Module):
             position=_at_last(batch.position, batch.valid) + 1,
             row_tree=_at_last(batch.tree, batch.valid),
             row_branch=_at_last(batch.branch, batch.valid),
+            row_cluster=_at_last(jnp.zeros_like(batch.tree) if cluster is None else cluster, batch.valid),
         )
         return out.hidden, grown(cache, cache_length)
 
@@ -196,7 +201,12 @@ class VLM(nnx.Module):
 
         Returns:
           hidden float[B, T, D] and the cache with the tokens in it.
+
+        Raises:
+          ValueError: the router goes by the question, which the beginning of a prompt does not tell.
         """
+        if self.clusters is not None:
+            raise ValueError("model.moe.router='cluster' routes a prompt's beginning by its end; prefill it whole.")
         length = batch.tokens.shape[1]
 
         def written(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -207,7 +217,9 @@ class VLM(nnx.Module):
             branch=written(cache.branch, batch.branch),
             valid=written(cache.valid, batch.valid),
         )
-        out, layers = self._run(batch, train=False, step=0, rng=None, noise=None, collect_blocks=False, cache=cache)
+        out, layers = self._run(
+            batch, cluster=None, train=False, step=0, rng=None, noise=None, collect_blocks=False, cache=cache
+        )
         return out.hidden, cache._replace(
             layers=layers,
             slot=(cache.slot + length) % cache.tree.shape[1],
@@ -248,13 +260,17 @@ class VLM(nnx.Module):
             branch=cache.row_branch[:, None],
             valid=valid,
         )
-        out, layers = self._run(row, train=False, step=0, rng=None, noise=None, collect_blocks=False, cache=cache)
+        cluster = None if self.clusters is None else cache.row_cluster[:, None]
+        out, layers = self._run(
+            row, cluster=cluster, train=False, step=0, rng=None, noise=None, collect_blocks=False, cache=cache
+        )
         return out.hidden, cache._replace(layers=layers, slot=(cache.slot + 1) % length, position=cache.position + 1)
 
     def _run(
         self,
         batch,
         *,
+        cluster,
         train,
         step,
         rng,
@@ -285,6 +301,7 @@ class VLM(nnx.Module):
             branch=batch.branch,
             step=jnp.asarray(step, jnp.int32),
             train=train,
+            cluster=cluster,
         )
         x, other = self._embed_streams(batch, reference, own_images=train, key=image_key)
         out = self.decoder(
@@ -301,6 +318,10 @@ class VLM(nnx.Module):
             watch=watch,
         )
         return out, out.caches
+
+    def _cluster(self, batch: batch_lib.Batch) -> jax.Array | None:
+        """Returns int32[B, T] the cluster of each token's question, or None where no router asks for it."""
+        return None if self.clusters is None else self.clusters.of_tokens(self.decoder.embed.embedding[...], batch)
 
     def _embed_streams(
         self, batch: batch_lib.Batch, reference: nnx.State | None, *, own_images: bool, key: jax.Array | None

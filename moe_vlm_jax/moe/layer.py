@@ -8,7 +8,7 @@ from flax import nnx
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import sharding
-from moe_vlm_jax.moe import dispatch, expert_parallel, modality_router, token_gradients
+from moe_vlm_jax.moe import cluster_router, dispatch, expert_parallel, modality_router, token_gradients
 from moe_vlm_jax.moe import experts as experts_lib
 from moe_vlm_jax.moe import router as router_lib
 from moe_vlm_jax.nn import dropout, linear, mlp
@@ -156,4 +156,6 @@ def _router(embed_dim: int, num_experts: int, config: config_lib.MoEConfig, *, r
             return router_lib.TopKRouter(embed_dim, num_experts, config, rngs=rngs)
         case "modality":
             return modality_router.ModalityRouter(embed_dim, num_experts, config, rngs=rngs)
-    raise ValueError(f"moe.router={config.router!r} is unknown; use topk or modality.")
+        case "cluster":
+            return cluster_router.ClusterRouter(embed_dim, num_experts, config, rngs=rngs)
+    raise ValueError(f"moe.router={config.router!r} is unknown; use topk, modality or cluster.")

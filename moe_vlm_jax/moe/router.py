@@ -26,6 +26,7 @@ class RouteContext(NamedTuple):
       train: Python bool; chooses the capacity factor.
       noise: float32[M, E] or None: Gumbel noise on second choices (top_k > 1), or the uniform draw that decides
         who keeps a place in a full expert (top_k = 1). Only for parity with DeepSpeed.
+      cluster: int32[B, T] of the question that a token belongs to, where the router goes by it, else None.
     """
 
     modality: jax.Array
@@ -35,6 +36,7 @@ class RouteContext(NamedTuple):
     step: jax.Array
     train: bool
     noise: jax.Array | None = None
+    cluster: jax.Array | None = None
 
 
 class RouterOutput(NamedTuple):

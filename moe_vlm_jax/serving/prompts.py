@@ -64,7 +64,8 @@ class Prompts:
 
     def slots(self, tokens: np.ndarray) -> int:
         """Returns how many slots of a cache a prompt takes."""
-        return sum(batching.slots(tokens, self._model.vision.num_tokens))
+        split = not self._model.routes_by_question
+        return sum(batching.slots(tokens, self._model.vision.num_tokens, split=split))
 
     def room(self, tokens: np.ndarray, cache_length: int) -> int:
         """Returns how many tokens an answer may have; less than 1: the prompt does not fit.

@@ -54,6 +54,11 @@ def load(
     bare, fresh = adapters.split(abstract)
     if training.upcycling_noise and is_saved(training.base):
         raise ValueError(_noise_without_upcycling(training))
+    if config.routes_by_question and (is_saved(training.base) or _has_experts(training)):
+        raise ValueError(
+            f"training.base={training.base!r} brings routers over hidden states, but model.moe.router='cluster' has a "
+            "table of clusters; start from the dense checkpoint that the clusters were made for."
+        )
     params = _restore(bare, config, training) if is_saved(training.base) else _from_hf(bare, config, training, mesh)
 
     def init(key: jax.Array) -> nnx.State:
@@ -236,6 +241,10 @@ def _abstract_parent(bare: nnx.State, config, layers, mesh, *, noisy: bool) -> n
         params,
         sharding.state_shardings(params, mesh),
     )
+
+
+def _has_experts(training: config_lib.TrainingConfig) -> bool:
+    return any(hf_configs.read(training.base, vision=training.base_vision or None).config.layer_experts)
 
 
 def _as(params: nnx.State, like: nnx.State) -> nnx.State:

@@ -1,6 +1,7 @@
 """Checkpoints of a run, through Orbax: what trains, the optimizer, progress, the data position and the config.
 
     <workdir>/config.json              every field of the run's config
+    <workdir>/clusters.npz             a copy of model.moe.clusters, for runs that route by it
     <workdir>/checkpoints/<step>/      trainable, optimizer, progress (step and RNG), data, run
 
 Frozen parameters are not saved. They come back from where they came from, a base checkpoint's folder or the seed of
@@ -24,10 +25,12 @@ from orbax.checkpoint import checkpoint_managers
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import distributed, tree, validation
+from moe_vlm_jax.moe import question_clusters
 from moe_vlm_jax.training import state as state_lib
 
 # Fields that may change between two starts of one run: they decide where and how it computes, not what.
-FREE_FIELDS = ("data.num_workers", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor")
+# Of clusters, it is what the file holds that must stay.
+FREE_FIELDS = ("data.num_workers", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "model.moe.clusters")
 BEST_METRIC = "exact_match"
 
 
@@ -206,6 +209,12 @@ def check_workdir(workdir: str | os.PathLike, config: config_lib.RunConfig) -> N
             f"workdir {str(workdir)!r} holds a run with another config; use another --workdir, or restore:\n"
             + "\n".join(differing)
         )
+    held = path.with_name(question_clusters.FILE)
+    if held.exists() and question_clusters.read(held) != question_clusters.read(config.model.moe.clusters):
+        raise ValueError(
+            f"model.moe.clusters={config.model.moe.clusters!r} are others than those of the run in {str(workdir)!r}; "
+            f"name {str(held)!r}, or use another --workdir."
+        )
 
 
 def claim_workdir(workdir: str | os.PathLike, config: config_lib.RunConfig) -> None:
@@ -217,6 +226,8 @@ def claim_workdir(workdir: str | os.PathLike, config: config_lib.RunConfig) -> N
     path = pathlib.Path(workdir) / "config.json"
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if config.model.routes_by_question and not path.with_name(question_clusters.FILE).exists():
+            question_clusters.copy(config.model.moe.clusters, path.with_name(question_clusters.FILE))
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(_fields(config), indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
@@ -246,7 +257,10 @@ def read_config(workdir: str | os.PathLike) -> config_lib.RunConfig:
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
         raise ValueError(f"{str(workdir)!r} is no workdir of a run: it has no config.json; check the path.")
-    return config_of(json.loads(path.read_text(encoding="utf-8")))
+    config = config_of(json.loads(path.read_text(encoding="utf-8")))
+    if config.model.routes_by_question:  # the original may be gone, or another by now
+        config.model.moe.clusters = str(path.with_name(question_clusters.FILE))
+    return config
 
 
 def config_of(fields: Mapping[str, Any]) -> config_lib.RunConfig:

@@ -372,6 +372,12 @@ def _parts(params: nnx.State, config: config_lib.RunConfig) -> tuple[nnx.State, 
             f"{len(trained)} quantised parameters would train ({trained[0]!r}, ...), but codes have no gradient; move "
             "them to training.frozen (stages.LORA trains adapters), or narrow model.quant.targets."
         )
+    moving = [path for path in tree.leaves(parts["training.trainable"]) if path.startswith("decoder/embed/")]
+    if moving and config.model.routes_by_question:
+        raise ValueError(
+            f"{moving[0]!r} would train, but model.moe.router='cluster' compares questions by their word embeddings "
+            "with centroids that stay; freeze it."
+        )
     return parts["training.trainable"], base.narrow(parts["training.frozen"], config.model.compute_dtype)
 
 
