@@ -4,9 +4,9 @@
     python -m moe_vlm_jax.train --config configs/stage3.py:phi2-4e --config.model.moe.router=cluster \\
         --config.model.moe.clusters=runs/clusters.npz --config.data.share_prefix=False
 
-K-means over the questions' embeddings: the mean, over a question's tokens, of the word embeddings of the checkpoint that
-the config starts from. docs/routers.md says what the router makes of it. Prints each cluster with the questions nearest
-to its centroid: whether they mean something is for a person to see.
+K-means over the questions' embeddings: the mean, over a question's tokens, of the word embeddings of the checkpoint
+that the config starts from. docs/routers.md says what the router makes of it. Prints each cluster with the questions
+nearest to its centroid: whether they mean something is for a person to see.
 """
 
 import collections
@@ -21,7 +21,7 @@ from absl import flags
 from flax import nnx
 from scipy.cluster import vq
 
-from moe_vlm_jax import command_line, distributed
+from moe_vlm_jax import command_line, distributed, tree
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.data import pipeline, records, tokenize
 from moe_vlm_jax.moe import question_clusters
@@ -136,7 +136,7 @@ def table(found: Fit, vectors: np.ndarray, asked: Sequence[np.ndarray], tokenize
 def _word_embeddings(config: config_lib.RunConfig) -> np.ndarray:
     """Returns float32[V, D], as a run of the config that freezes them computes with them."""
     params = nnx.merge_state(*setup.initial_params(setup.make_model(config), config))
-    return distributed.to_host(params["decoder"]["embed"]["embedding"].get_value()).astype(np.float32)
+    return distributed.to_host(tree.leaves(params)["decoder/embed/embedding"].get_value()).astype(np.float32)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -138,6 +138,24 @@ MISTAKES = {
         {"model__moe__router": "modality", "model__moe__text_experts": (0, 1), "model__moe__image_experts": (1, 2)},
         "experts [3] are in neither model.moe.text_experts nor model.moe.image_experts",
     ),
+    "idle clusters": ({"model__moe__clusters": "c.npz"}, "clusters='c.npz' has no effect with router='topk'"),
+    "no clusters": (
+        {"model__moe__router": "cluster", "data__share_prefix": False},
+        "model.moe.clusters is empty, but router='cluster' goes by clusters of questions; make a file of them",
+    ),
+    "noise and clusters": (
+        {
+            "model__moe__router": "cluster",
+            "model__moe__clusters": "c.npz",
+            "model__moe__gumbel_second_choice": True,
+            "data__share_prefix": False,
+        },
+        "model.moe.router='cluster' has no noise",
+    ),
+    "clusters of a shared image": (
+        {"model__moe__router": "cluster", "model__moe__clusters": "c.npz"},
+        "data.share_prefix=True lets questions about an image share its tokens, but model.moe.router='cluster'",
+    ),
     "top k of a modality": (
         {"model__moe__router": "modality", "model__moe__text_experts": (0,), "model__moe__image_experts": (1, 2, 3)},
         "model.moe.top_k=2 is more than the 1 of model.moe.text_experts=(0,)",

@@ -58,7 +58,7 @@ class Clusters:
         asked = questions(batch)[..., None]
         total, count = (_sum_by_tree(a, batch.tree) for a in (jnp.where(asked, near, 0.0), asked.astype(jnp.float32)))
         score = total / jnp.maximum(count, 1.0) - jnp.square(centroids).sum(-1) / 2
-        return jnp.take_along_axis(jnp.argmax(score, axis=-1), batch.tree, axis=1)
+        return jnp.argmax(score, axis=-1)
 
 
 def questions(batch: batch_lib.Batch) -> jax.Array:

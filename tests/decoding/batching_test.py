@@ -60,3 +60,12 @@ def test_the_same_image_behind_another_text_is_not_shared():
     plan = batching.plan(prompts, [("a",), ("a",)], tokens_per_image=20, batch_size=2, split=True)
     assert plan.computed_tokens == plan.prompt_tokens
     assert plan.buckets[0].num_images == 1
+
+
+def test_prompts_that_may_not_be_split_are_computed_whole():
+    prompts, images = questions(["a"] * 6, [3, 4, 5, 4, 3, 2])
+    plan = batching.plan(prompts, images, tokens_per_image=20, batch_size=3, split=False)
+    assert {(bucket.num_prefixes, bucket.num_images) for bucket in plan.buckets} == {(0, 1)}
+    assert plan.computed_tokens == plan.prompt_tokens
+    assert batching.slots(prompts[0], 20, split=True) == (24, 8)
+    assert batching.slots(prompts[0], 20, split=False) == (0, batching.round_up(24))
