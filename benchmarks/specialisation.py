@@ -3,9 +3,10 @@
     python -m benchmarks.specialisation --stage2 runs/moe_tuning/stage2/model --out runs/specialisation
 
 Trains stage III of the tiny chain from one checkpoint of stage II in many settings, three seeds each: its length, the
-coefficient of the balance loss, and STGC's threshold, coefficient and layers. After each run, `analyze` routes held-out
-questions. Writes results.jsonl, a line a run as soon as it is done (the same command goes on from there), and
-page.html: a curve for each question and each figure, and a verdict by a rule that is fixed beforehand (`verdict`).
+coefficient of the balance loss, STGC's threshold, coefficient and layers, and the routers. After each run, `analyze`
+routes held-out questions. Writes results.jsonl, a line a run as soon as it is done (the same command goes on from
+there), and page.html: a curve for each question and each figure, and a verdict by a rule that is fixed beforehand
+(`verdict`).
 
 Synthetic infographics; the figures are those of first choices, means over MoE layers.
 """
@@ -26,6 +27,7 @@ from benchmarks import pairing
 from moe_vlm_jax.analysis import drawing
 from moe_vlm_jax.evaluation import markup, report
 
+CONFIG = ("--config", "configs/stage3.py:tiny-moe_only")
 SEEDS = (0, 1, 2)
 STEPS = 1000  # of every run but those that ask for the length
 STGC = {"training.stgc.coefficient": 1.0, "training.stgc.gradient": "full"}
@@ -39,10 +41,15 @@ FIGURES = {
 
 
 class Sweep(NamedTuple):
-    """One question: values of a setting, each with the overrides that set it."""
+    """One question: values of a setting, each with the overrides that set it.
+
+    Attributes:
+      ordered: the verdict compares the last value with the first; else every value with the first.
+    """
 
     title: str
     values: Mapping[str, Mapping[str, Any]]
+    ordered: bool = True
 
 
 SWEEPS = {
@@ -55,6 +62,7 @@ SWEEPS = {
     "beta": Sweep(
         "STGC's coefficient",
         {"off": {}} | {str(b): STGC | {"training.stgc.coefficient": b} for b in (0.1, 1.0, 10.0)},
+        ordered=False,
     ),
     "tau": Sweep("STGC's threshold", {str(t): STGC | {"training.stgc.threshold": t} for t in (-0.2, 0.0, 0.2)}),
     "layers": Sweep(
@@ -68,6 +76,24 @@ SWEEPS = {
                 "both": STGC,
             }.items()
         },
+        ordered=False,
+    ),
+    "router": Sweep(
+        "what decides, every question with its own image tokens",
+        {
+            name: {"data.share_prefix": False, **settings}
+            for name, settings in {
+                "topk": {},
+                "topk and STGC": STGC,
+                "modality": {
+                    "model.moe.router": "modality",
+                    "model.moe.text_experts": (0, 1),
+                    "model.moe.image_experts": (2, 3),
+                },
+                "cluster": {"model.moe.router": "cluster", "model.moe.clusters": "@"},
+            }.items()
+        },
+        ordered=False,
     ),
 }
 
@@ -92,6 +118,8 @@ def main() -> None:
                 if any(row["key"] == key for row in rows):
                     continue
                 settings = {"training.max_steps": args.steps, **overrides, "training.seed": seed}
+                if "model.moe.clusters" in settings:
+                    settings["model.moe.clusters"] = clusters(args.out, args.stage2)
                 rows.append({"key": key, **run(args.out / sweep / value / f"seed{seed}", args.stage2, settings)})
                 with (args.out / "results.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
@@ -107,9 +135,17 @@ def read(out: pathlib.Path) -> list[dict]:
     return report.read_predictions(path) if path.is_file() else []
 
 
+def clusters(out: pathlib.Path, stage2: pathlib.Path) -> pathlib.Path:
+    """Returns the clusters of the training questions, made if they are not there."""
+    path = (out / "clusters.npz").resolve()
+    if not path.exists():
+        call(["cluster_questions", *CONFIG, f"--config.training.base={stage2.resolve()}", "--target", str(path)])
+    return path
+
+
 def run(workdir: pathlib.Path, stage2: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, float]:
     """Trains, analyses and returns FIGURES."""
-    train = ["train", "--config", "configs/stage3.py:tiny-moe_only", "--workdir", str(workdir)]
+    train = ["train", *CONFIG, "--workdir", str(workdir)]
     settings = {"training.base": stage2.resolve(), "evaluation.controls": False, **settings}
     call(train + [f"--config.{name}={value}" for name, value in settings.items()])
     target = workdir / "analysis"
@@ -147,22 +183,21 @@ def by_value(rows: Sequence[dict], sweep: str, figure: str) -> dict[str, list[fl
 
 
 def verdict(rows: Sequence[dict], sweep: str) -> list[str]:
-    """Returns a sentence for each figure: the last value of the sweep against its first.
+    """Returns a sentence for each figure and comparison of a sweep (`Sweep.ordered`).
 
     A difference counts when no seed of the one lies among the seeds of the other.
     """
     sentences = []
     for figure, title in FIGURES.items():
-        found = list(by_value(rows, sweep, figure).items())
-        if len(found) < 2 or min(len(seeds) for _, seeds in (found[0], found[-1])) < 2:
-            continue
-        (first, a), (last, b) = found[0], found[-1]
-        apart = max(a) < min(b) or max(b) < min(a)
-        change = f"{statistics.mean(a):.3f} at {first}, {statistics.mean(b):.3f} at {last}"
-        said = (
-            ("more" if statistics.mean(b) > statistics.mean(a) else "less") if apart else "no difference beyond seeds"
-        )
-        sentences.append(f"{SWEEPS[sweep].title}: {title}: {change}: {said}")
+        (first, a), *others = by_value(rows, sweep, figure).items() or [("", [])]
+        for other, b in others[-1:] if SWEEPS[sweep].ordered else others:
+            if min(len(a), len(b)) < 2:
+                continue
+            apart = max(a) < min(b) or max(b) < min(a)
+            change = f"{statistics.mean(a):.3f} at {first}, {statistics.mean(b):.3f} at {other}"
+            more = "more" if statistics.mean(b) > statistics.mean(a) else "less"
+            said = more if apart else "no difference beyond seeds"
+            sentences.append(f"{SWEEPS[sweep].title}: {title}: {change}: {said}")
     return sentences
 
 
@@ -174,7 +209,8 @@ def curves(rows: Sequence[dict], sweep: str) -> bytes:
         found = by_value(rows, sweep, name)
         for x, seeds in enumerate(found.values()):
             ax.plot([x] * len(seeds), seeds, "o", color=drawing.SKY, markersize=4)
-        ax.plot(range(len(found)), [statistics.mean(seeds) for seeds in found.values()], color=drawing.BLUE)
+        means = [statistics.mean(seeds) for seeds in found.values()]
+        ax.plot(range(len(found)), means, "_-" if SWEEPS[sweep].ordered else "_", color=drawing.BLUE, markersize=14)
         ax.set_xticks(range(len(found)), list(found), fontsize=8, rotation=45)
         ax.set_title("\n".join(textwrap.wrap(title, 26)), fontsize=8)
     figure.supxlabel(SWEEPS[sweep].title, fontsize=9)
@@ -184,7 +220,8 @@ def curves(rows: Sequence[dict], sweep: str) -> bytes:
 def page(rows: Sequence[dict]) -> str:
     """Returns the page of the runs that were made."""
     parts = []
-    for sweep, (title, _) in SWEEPS.items():
+    for sweep in SWEEPS:
+        title = SWEEPS[sweep].title
         if not by_value(rows, sweep, "exact_match"):
             continue
         data = base64.b64encode(curves(rows, sweep)).decode()
@@ -195,7 +232,8 @@ def page(rows: Sequence[dict]) -> str:
         )
     note = (
         "Stage III of the tiny chain on synthetic infographics, from one checkpoint of stage II. Dots are seeds, lines "
-        "their means. A difference counts when no seed of the last value lies among those of the first."
+        "their means, joined where values have an order. A difference counts when no seed of a value lies among those "
+        "of the first value."
     )
     return markup.document(title="Do experts specialise?", note=note, style="", body="".join(parts))
 

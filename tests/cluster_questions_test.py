@@ -102,14 +102,30 @@ def test_a_model_without_experts_has_nothing_to_choose(tmp_path):
         cluster_questions.make(config, tmp_path / "c.npz", **SETTINGS)
 
 
+def test_the_tightest_of_several_beginnings_is_taken(monkeypatch):
+    vectors = np.array([[0.0], [1.0], [10.0], [11.0]], np.float32)
+    ways = [([5.5, 0.0], [1, 1, 0, 0]), ([0.5, 10.5], [0, 0, 1, 1]), ([1.0, 11.0], [0, 0, 1, 1])]
+    answers = iter(ways * 4)
+
+    def kmeans2(*args, **kwargs):
+        centroids, labels = next(answers)
+        return np.array(centroids)[:, None], np.array(labels)
+
+    monkeypatch.setattr(cluster_questions.vq, "kmeans2", kmeans2)
+    found = cluster_questions.fit(vectors, 2, seed=0)
+    assert found.centroids.tolist() == [[0.5], [10.5]]
+    assert found.inertia == 0.25 and found.spread == pytest.approx(25.25)
+
+
 def test_the_table_shows_the_questions_nearest_to_each_centroid():
     tokenizer = tokenize.load_tokenizer("closed")
-    asked = [np.array(tokenizer.encode(text)) for text in ("what is it", "which is larger")]
-    vectors = np.eye(2, dtype=np.float32)
-    found = cluster_questions.Fit(vectors[::-1], np.array([1, 0]), 0.0, 1.0)
-    lines = cluster_questions.table(found, vectors, asked, tokenizer).splitlines()
+    texts = ("what is it", "which is larger", "which is smaller", "which is the largest item", "describe the chart")
+    asked = [np.array(tokenizer.encode(text)) for text in texts]
     texts = [tokenizer.decode(question) for question in asked]
-    assert lines[:2] == [
-        f"cluster 0: 50.0% of questions, e.g. {texts[1]}",
-        f"cluster 1: 50.0% of questions, e.g. {texts[0]}",
+    vectors = np.array([[5.0, 0], [0, 4], [0, 1], [0, 3], [0, 2]], np.float32)
+    found = cluster_questions.Fit(np.array([[0, 0], [5, 0]], np.float32), np.array([1, 0, 0, 0, 0]), 2.0, 8.0)
+    assert cluster_questions.table(found, vectors, asked, tokenizer).splitlines() == [
+        f"cluster 0: 80.0% of questions, e.g. {texts[2]} | {texts[4]} | {texts[3]}",
+        f"cluster 1: 20.0% of questions, e.g. {texts[0]}",
+        "75.0% of the questions' variance lies between clusters",
     ]
