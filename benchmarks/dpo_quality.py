@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import pairing
-from moe_vlm_jax.evaluation import report, verbosity
+from moe_vlm_jax.evaluation import outputs, verbosity
 
 SEEDS = (0, 1, 2)
 
@@ -47,7 +47,7 @@ def measure(workdir: pathlib.Path, seed: int) -> dict[str, float]:
     def read(name: str) -> Any:
         return json.loads((workdir / name).read_text(encoding="utf-8"))
 
-    answers = {run: report.read_predictions(workdir / run / "predictions.jsonl") for run in ("sft", "dpo")}
+    answers = {run: outputs.read_predictions(workdir / run / "predictions.jsonl") for run in ("sft", "dpo")}
     results, held_out = read("dpo/results.json"), read("dpo/pairs.json")
     lines = (workdir / "dpo" / "pairs.jsonl").read_text(encoding="utf-8").split("\n")
     pairs = [json.loads(line) for line in lines if line]

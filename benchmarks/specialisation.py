@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import pairing
 from moe_vlm_jax.analysis import drawing
-from moe_vlm_jax.evaluation import markup, report
+from moe_vlm_jax.evaluation import markup, outputs
 
 CONFIG = ("--config", "configs/stage3.py:tiny-moe_only")
 SEEDS = (0, 1, 2)
@@ -124,7 +124,7 @@ def main() -> None:
                 with (args.out / "results.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
     chosen = [row for row in rows if row["key"]["steps"] == args.steps]
-    report.write_atomically(args.out / "page.html", page(chosen))
+    outputs.write_atomically(args.out / "page.html", page(chosen))
     print("\n".join(sentence for sweep in SWEEPS for sentence in verdict(chosen, sweep)))
     print(f"page: {args.out / 'page.html'}")
 
@@ -132,7 +132,7 @@ def main() -> None:
 def read(out: pathlib.Path) -> list[dict]:
     """Returns the runs that are done."""
     path = out / "results.jsonl"
-    return report.read_predictions(path) if path.is_file() else []
+    return outputs.read_predictions(path) if path.is_file() else []
 
 
 def clusters(out: pathlib.Path, stage2: pathlib.Path) -> pathlib.Path:

@@ -25,7 +25,7 @@ from moe_vlm_jax.analysis import drawing, page, summary
 from moe_vlm_jax.analysis import log as log_lib
 from moe_vlm_jax.data import bad_samples, records, sources
 from moe_vlm_jax.decoding import generate as generate_lib
-from moe_vlm_jax.evaluation import report, settings
+from moe_vlm_jax.evaluation import outputs, settings
 from moe_vlm_jax.evaluation.benchmarks import catalogue
 from moe_vlm_jax.hf import configs
 from moe_vlm_jax.hf import load as hf_load
@@ -86,7 +86,7 @@ def analyze(args: argparse.Namespace) -> pathlib.Path:
     result = summary.summarize(log)
     result["weights"] = summary.weights_of(params, config.model, _dense(args.dense, dense))
     result["gradient_consistency"] = summary.gradient_consistency(args.workdir) if args.workdir else {}
-    report.write_atomically(target / SUMMARY, json.dumps(result, allow_nan=False) + "\n")
+    outputs.write_atomically(target / SUMMARY, json.dumps(result, allow_nan=False) + "\n")
     images = page.draw(result, counting=args.count, other=other)
     return page.write(target, result, images, counting=args.count, other=other)
 

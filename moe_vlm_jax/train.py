@@ -23,7 +23,7 @@ from moe_vlm_jax import chain, command_line, distributed, ready
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.data import images, sources, tokenize
 from moe_vlm_jax.data import pairs as pairs_lib
-from moe_vlm_jax.evaluation import blind, chain_comparison, page, report, runner, scorers
+from moe_vlm_jax.evaluation import blind, chain_comparison, outputs, page, runner, scorers
 from moe_vlm_jax.hf import configs
 from moe_vlm_jax.preferences import prefer, sampling
 from moe_vlm_jax.training import base, checkpoint, export, loop, setup
@@ -77,7 +77,7 @@ def train(config: config_lib.RunConfig, workdir: pathlib.Path) -> tuple[setup.Ru
         checkpoint.check_workdir(workdir, config)
         exam = Exam(config) if config.data.eval_split else None
         run, untrained = setup.make_run(config, workdir)
-    before = _before(run, exam, untrained, workdir / report.PREDICTIONS_BEFORE) if exam else []
+    before = _before(run, exam, untrained, workdir / outputs.PREDICTIONS_BEFORE) if exam else []
     _measure_pairs(run, untrained, "before")
     with command_line.user_errors():
         state = setup.start(run, untrained)
@@ -206,8 +206,8 @@ def _report(run: setup.Run, exam: Exam, state: state_lib.TrainState, before: lis
         known = sources.load_records(config.data, config.data.split)
         results["blind"] = blind.best_blind_baseline(known, after.asked).scores
         results["shuffled"] = shuffled.scores
-    report.write_predictions(workdir / report.PREDICTIONS, after.predictions)
-    report.write_results(workdir / "results.json", results)
+    outputs.write_predictions(workdir / outputs.PREDICTIONS, after.predictions)
+    outputs.write_results(workdir / "results.json", results)
     page.write_page(
         workdir / "report.html",
         title=f"{workdir.name}: {config.data.source} {config.data.eval_split}",
@@ -220,7 +220,7 @@ def _report(run: setup.Run, exam: Exam, state: state_lib.TrainState, before: lis
         load_image=exam.transform.load,
     )
     print(f"{workdir}, held-out questions:")
-    print(report.console_table(results))
+    print(outputs.console_table(results))
     print(f"report: {workdir / 'report.html'}\n")
 
 
@@ -232,7 +232,7 @@ def _measure_pairs(run: setup.Run, state: state_lib.TrainState, moment: str) -> 
         return
     known[moment] = run.held_out.measure(nnx.merge_state(state.trainable, run.frozen))
     if jax.process_index() == 0:
-        report.write_atomically(path, json.dumps(known, indent=2) + "\n")
+        outputs.write_atomically(path, json.dumps(known, indent=2) + "\n")
         figures = ", ".join(f"{name} {value:.4g}" for name, value in known[moment].items())
         print(f"{run.workdir}, held-out pairs {moment} training: {figures}")
 
@@ -245,11 +245,11 @@ def _before(run: setup.Run, exam: Exam, state: state_lib.TrainState, path: pathl
     if distributed.from_leader(path.exists()):
         if jax.process_index() != 0:
             return []
-        return report.read_predictions(path)
+        return outputs.read_predictions(path)
     logging.info("asking the model before it trains")
     predictions = exam.answer(run, state).predictions
     if jax.process_index() == 0:
-        report.write_predictions(path, predictions)
+        outputs.write_predictions(path, predictions)
     return predictions
 
 

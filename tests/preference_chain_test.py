@@ -134,3 +134,11 @@ def test_dpo_trains_on_what_sft_says_from_where_sft_ends(tmp_path, monkeypatch, 
     with pytest.raises(SystemExit):
         train.train(other, tmp_path / "other")
     assert "is a run with LoraConfig(rank=3" in capsys.readouterr().err
+
+    # And one whose experts were trained for other tokens.
+    other = chain.placed(runs(tmp_path / "cache").dpo, workdir, "dpo")
+    other.model.moe = dataclasses.replace(other.model.moe, router="modality", text_experts=(0, 1), image_experts=(2, 3))
+    with pytest.raises(SystemExit):
+        train.train(other, tmp_path / "other")
+    said = capsys.readouterr().err
+    assert "is a run with {'router': 'topk'" in said and "but here it is {'router': 'modality'" in said

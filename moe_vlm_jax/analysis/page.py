@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from moe_vlm_jax.analysis import drawing, figures, summary
-from moe_vlm_jax.evaluation import markup, report
+from moe_vlm_jax.evaluation import markup, outputs
 
 _KINDS_OF_CLASS = {
     "modality": "modality, all tokens",
@@ -103,7 +103,7 @@ def write(
     )
     path = folder / "routing.html"
     text = markup.document(title=f"Routing of {about['name']}", note=note, style=_STYLE, body=body)
-    report.write_atomically(path, text)
+    outputs.write_atomically(path, text)
     return path
 
 

@@ -7,7 +7,7 @@ from absl import logging
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.data import images, sources
-from moe_vlm_jax.evaluation import comparison, comparison_page, report
+from moe_vlm_jax.evaluation import comparison, comparison_page, outputs
 
 FILE = "comparison.html"
 
@@ -30,20 +30,20 @@ def write(workdir: pathlib.Path, runs: Mapping[str, config_lib.RunConfig]) -> st
     """
     found = {}
     for name, run in runs.items():
-        files = [workdir / name / file for file in (report.PREDICTIONS, report.PREDICTIONS_BEFORE)]
+        files = [workdir / name / file for file in (outputs.PREDICTIONS, outputs.PREDICTIONS_BEFORE)]
         if not run.data.eval_split:
             logging.info("%s is not in %s: it was not evaluated (data.eval_split='')", name, FILE)
         elif gone := [str(file) for file in files if not file.is_file()]:
             logging.warning("%s is not in %s: %s is gone", name, FILE, " and ".join(gone))
         else:
-            found[name] = report.read_predictions(files[0])
+            found[name] = outputs.read_predictions(files[0])
     if not found:
         return ""
     names = largest_set(found)
     for name, predictions in found.items():
         if differs := comparison.difference(predictions, found[names[0]]):
             logging.info("%s is not in %s: it and %s were asked different questions: %s", name, FILE, names[0], differs)
-    before = report.read_predictions(workdir / names[0] / report.PREDICTIONS_BEFORE)
+    before = outputs.read_predictions(workdir / names[0] / outputs.PREDICTIONS_BEFORE)
     compared = {f"before {names[0]}": before, **{name: found[name] for name in names}}
     data, vision = runs[names[-1]].data, runs[names[-1]].model.vision
     comparison_page.write_comparison(

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from moe_vlm_jax.data import records as records_lib
-from moe_vlm_jax.evaluation import comparison, markup, report, scorers, units, verbosity
+from moe_vlm_jax.evaluation import comparison, markup, outputs, scorers, units, verbosity
 
 Case = Mapping[str, Mapping]  # name of a run -> its prediction, for one question
 
@@ -57,7 +57,7 @@ def write_comparison(
         f'{_filter(kinds)}<div class="cards">{_cards(shown, by_id, list(kinds), load_image)}</div>'
     )
     text = markup.document(title=title, note=note, style=_STYLE + _hiding(len(kinds)), body=body)
-    report.write_atomically(path, text)
+    outputs.write_atomically(path, text)
 
 
 def choose_cases(cases: Sequence[Case], num_samples: int) -> list[Case]:

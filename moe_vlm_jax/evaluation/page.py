@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from moe_vlm_jax.data import records as records_lib
-from moe_vlm_jax.evaluation import markup, report, scorers
+from moe_vlm_jax.evaluation import markup, outputs, scorers
 
 
 def write_page(
@@ -35,7 +35,7 @@ def write_page(
       records: the records that were asked.
       after: predictions for them (`runner.EvaluationResult.predictions`), matched by id.
       before: the same before training, or None.
-      results: scores by the names of report.COLUMNS.
+      results: scores by the names of outputs.COLUMNS.
       num_samples: about how many questions to show, all questions of an image together.
       load_image: image reference -> PIL image.
     """
@@ -56,18 +56,18 @@ def write_page(
         style=_STYLE,
         body=f'<div class="tables">{tables}</div>\n{heading}\n<div class="cards">{cards}</div>',
     )
-    report.write_atomically(path, text)
+    outputs.write_atomically(path, text)
 
 
 def _table(results: Mapping[str, scorers.Scores], metric: str, caption: str) -> str:
-    names = [name for name in report.COLUMNS if name in results]
+    names = [name for name in outputs.COLUMNS if name in results]
     heads = ['<th scope="col">question type</th>', '<th scope="col">questions</th>']
     heads += [f'<th scope="col" class="{name}">{html.escape(name)}</th>' for name in names]
     rows = "".join(
         f'<tr><th scope="row">{html.escape(kind)}</th><td>{count}</td>'
         + "".join(f'<td class="{name}">{cell}</td>' for name, cell in zip(names, cells, strict=True))
         + "</tr>"
-        for kind, count, cells in report.table_rows(results, names, metric)
+        for kind, count, cells in outputs.table_rows(results, names, metric)
     )
     return markup.table(caption=caption, heads=heads, bodies=[rows])
 

@@ -47,7 +47,7 @@ from typing import Any
 import jax
 
 from moe_vlm_jax import validation
-from moe_vlm_jax.evaluation import report, settings
+from moe_vlm_jax.evaluation import outputs, settings
 from moe_vlm_jax.evaluation.benchmarks import benchmark, catalogue
 from moe_vlm_jax.evaluation.judging import Verdicts
 
@@ -294,4 +294,4 @@ def _version(name: str) -> str | None:
 
 
 def _write(path: pathlib.Path, content: Mapping) -> None:
-    report.write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    outputs.write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Sequence
 
-from moe_vlm_jax.evaluation import report as files
+from moe_vlm_jax.evaluation import outputs
 from moe_vlm_jax.reporting import evaluations, intervals, markdown, page, published, published_tables, tables
 
 BESIDE = ("project_report", "moe_llava")  # published tables that stand below measured figures unless others are named
@@ -41,7 +41,7 @@ def write(
     names = [one.name for one in found]
     note = f"{len(found)} evaluated models: {', '.join(names)}. What is marked as published was not measured here."
     out.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(out / "report.md", markdown.document(title=title, note=note, tables=[*shown, *folded]))
+    outputs.write_atomically(out / "report.md", markdown.document(title=title, note=note, tables=[*shown, *folded]))
     text = page.document(
         title=title,
         note=note,
@@ -51,5 +51,5 @@ def write(
         num_cases=num_cases,
         max_images=max_images,
     )
-    files.write_atomically(out / "report.html", text)
+    outputs.write_atomically(out / "report.html", text)
     return f"{markdown.render(measured)}\n\nreport: {out / 'report.md'}, {out / 'report.html'}"

@@ -1,4 +1,4 @@
-"""Reads the workdirs of training runs and of chains: what evaluation/report.py left in them.
+"""Reads the workdirs of training runs and of chains: what evaluation/outputs.py left in them.
 
     <run>/config.json, results.json                           the run, and its scores before and after
     <run>/predictions_before.jsonl, predictions.jsonl         the answers behind them
@@ -15,7 +15,7 @@ from typing import Any
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.data import images, sources
-from moe_vlm_jax.evaluation import report, scorers
+from moe_vlm_jax.evaluation import outputs, scorers
 from moe_vlm_jax.reporting import parameters
 from moe_vlm_jax.reporting.evaluations import Answer, Column, Evaluation, Questions, Result
 from moe_vlm_jax.reporting.json_fields import Fields, read_json, read_lines
@@ -57,8 +57,8 @@ def read_run(folder: pathlib.Path, name: str, *, before: bool) -> list[Evaluatio
     """
     results = read_json(folder / "results.json", remedy=_AGAIN)
     config = _config(folder)
-    states = [("before", f"before {name}", report.PREDICTIONS_BEFORE)] if before else []
-    states.append(("after", name, report.PREDICTIONS))
+    states = [("before", f"before {name}", outputs.PREDICTIONS_BEFORE)] if before else []
+    states.append(("after", name, outputs.PREDICTIONS))
     return [_state(folder, results, config, state, label, file) for state, label, file in states]
 
 

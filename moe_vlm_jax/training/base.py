@@ -26,6 +26,7 @@ from moe_vlm_jax.hf import adapters as hf_adapters
 from moe_vlm_jax.hf import configs as hf_configs
 from moe_vlm_jax.hf import load as hf_load
 from moe_vlm_jax.models import adapters, upcycling, vlm
+from moe_vlm_jax.moe import question_clusters
 from moe_vlm_jax.quant import state as quant
 from moe_vlm_jax.training import checkpoint
 
@@ -100,6 +101,12 @@ def _as_trained(params: nnx.State, config: config_lib.ModelConfig, workdir: str)
             f"training.adapter={workdir!r} is a run with {run.model.lora}, but model.lora is {config.lora}; make them "
             "equal (dropout apart)."
         )
+    theirs, mine = _routing(run.model), _routing(config)
+    if theirs != mine:
+        raise ValueError(
+            f"training.adapter={workdir!r} is a run with {theirs}, but here it is {mine}: its experts were trained for "
+            "other tokens; make model.moe equal."
+        )
     if run.training.adapter:
         params = with_adapter(params, config, run.training)
     groups = {"trained": run.training.trainable, "frozen": run.training.frozen}
@@ -110,6 +117,16 @@ def _as_trained(params: nnx.State, config: config_lib.ModelConfig, workdir: str)
     frozen = checkpoint.fingerprint(narrow(parts["frozen"], run.model.compute_dtype))
     trained = checkpoint.newest(workdir, wanted, frozen)
     return nnx.merge_state(params, _as(trained, parts["trained"]))
+
+
+def _routing(config: config_lib.ModelConfig) -> dict[str, Any]:
+    """Returns what decides which router a model has, and over what."""
+    moe = config.moe
+    if not any(config.layer_experts):
+        return {}
+    clusters = question_clusters.read(moe.clusters).digest if config.routes_by_question else None
+    sets = {"text_experts": tuple(moe.text_experts), "image_experts": tuple(moe.image_experts)}
+    return {"router": moe.router, **sets, "clusters": clusters}
 
 
 def is_saved(folder: str) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.data import sources
-from moe_vlm_jax.evaluation import blind, chain_comparison, report
+from moe_vlm_jax.evaluation import blind, chain_comparison, outputs
 from tests.evaluation.comparison_test import prediction
 from tests.evaluation.page_test import Reader
 from tests.training import examples
@@ -26,14 +26,14 @@ def leave(config, tmp_path):
 
     def leave(name: str, text: str, asked: slice = slice(6)) -> None:
         (tmp_path / "chain" / name).mkdir(parents=True)
-        for file, prefix in ((report.PREDICTIONS, ""), (report.PREDICTIONS_BEFORE, "before ")):
+        for file, prefix in ((outputs.PREDICTIONS, ""), (outputs.PREDICTIONS_BEFORE, "before ")):
             rows = [
                 prediction(
                     r.id, f"{prefix}{text}", question=blind.question_of(r), answers=r.answers, kind=r.answer_type
                 )
                 for r in records[asked]
             ]
-            report.write_predictions(tmp_path / "chain" / name / file, rows)
+            outputs.write_predictions(tmp_path / "chain" / name / file, rows)
 
     return leave
 

@@ -9,7 +9,7 @@ import pytest
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import validation
 from moe_vlm_jax.data import sources
-from moe_vlm_jax.evaluation import blind, report, scorers
+from moe_vlm_jax.evaluation import blind, outputs, scorers
 from moe_vlm_jax.reporting import folders, intervals, page
 from moe_vlm_jax.reporting.evaluations import Questions
 from tests.evaluation.comparison_test import prediction
@@ -44,11 +44,11 @@ def leave(config, tmp_path):
             ]
             for count in right
         ]
-        report.write_predictions(folder / report.PREDICTIONS_BEFORE, rows[0])
-        report.write_predictions(folder / report.PREDICTIONS, rows[1])
+        outputs.write_predictions(folder / outputs.PREDICTIONS_BEFORE, rows[0])
+        outputs.write_predictions(folder / outputs.PREDICTIONS, rows[1])
         scores = {state: scorers.aggregate(its) for state, its in zip(("before", "after"), rows, strict=True)}
         controls = {"blind": scorers.Scores(0.25, 0.375, 6), "shuffled": scorers.Scores(0.125, 0.1875, 6)}
-        report.write_results(folder / "results.json", scores | controls)
+        outputs.write_results(folder / "results.json", scores | controls)
         its = dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
         (folder / "config.json").write_text(json.dumps(validation.flatten(its)))
         return folder

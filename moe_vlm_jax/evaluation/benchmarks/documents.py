@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_vlm_jax.data import bad_samples, infographicvqa
-from moe_vlm_jax.evaluation import blind, report, scorers, settings
+from moe_vlm_jax.evaluation import blind, outputs, scorers, settings
 from moe_vlm_jax.evaluation.benchmarks import benchmark, files
 from moe_vlm_jax.evaluation.rules import answers, prompts
 
@@ -88,7 +88,7 @@ def write_submission(
     """Writes [{"questionId", "answer"}], as the RRC server takes it."""
     del config, path
     content = [{"questionId": _number(row["id"]), "answer": row["prediction"]} for row in rows]
-    report.write_atomically(folder / "submission.json", json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    outputs.write_atomically(folder / "submission.json", json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     return "submission.json"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_vlm_jax.data import bad_samples
-from moe_vlm_jax.evaluation import report, scorers, settings
+from moe_vlm_jax.evaluation import outputs, scorers, settings
 from moe_vlm_jax.evaluation.benchmarks import benchmark, files
 from moe_vlm_jax.evaluation.rules import judged, prompts
 
@@ -84,7 +84,7 @@ def write_mmvet(
     """Writes {"v1_0": answer, ...}, as MM-Vet's online evaluator takes it."""
     del config, path
     content = {row["id"]: row["prediction"] for row in rows}
-    report.write_atomically(folder / "submission.json", json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    outputs.write_atomically(folder / "submission.json", json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     return "submission.json"
 
 
@@ -156,7 +156,7 @@ def write_llavabench(
         {"question_id": _number(row["id"]), "prompt": row["question"], "text": row["prediction"], "metadata": {}}
         for row in rows
     ]
-    report.write_predictions(folder / "submission.jsonl", lines)
+    outputs.write_predictions(folder / "submission.jsonl", lines)
     return "submission.jsonl"
 
 

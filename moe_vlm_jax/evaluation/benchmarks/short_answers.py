@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.data import bad_samples, sources
-from moe_vlm_jax.evaluation import blind, report, scorers, settings
+from moe_vlm_jax.evaluation import blind, outputs, scorers, settings
 from moe_vlm_jax.evaluation.benchmarks import benchmark, files
 from moe_vlm_jax.evaluation.rules import charts, gqa, prompts
 
@@ -84,7 +84,7 @@ def write_gqa(
     del path
     rule = benchmark.rule_of(config)
     content = [{"questionId": row["id"], "prediction": gqa.parse_gqa(row["prediction"], rule=rule)} for row in rows]
-    report.write_atomically(folder / "submission.json", json.dumps(content, ensure_ascii=False) + "\n")
+    outputs.write_atomically(folder / "submission.json", json.dumps(content, ensure_ascii=False) + "\n")
     return "submission.json"
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from absl import logging
 
 from moe_vlm_jax.data import bad_samples
-from moe_vlm_jax.evaluation import report, settings
+from moe_vlm_jax.evaluation import outputs, settings
 from moe_vlm_jax.evaluation.benchmarks import benchmark, files
 from moe_vlm_jax.evaluation.rules import answers, prompts
 
@@ -223,5 +223,5 @@ def _normalized(row: benchmark.Row, which: Literal["vqav2", "vizwiz"]) -> str:
 
 
 def _write(folder: pathlib.Path, content: list[dict]) -> str:
-    report.write_atomically(folder / "submission.json", json.dumps(content, ensure_ascii=False) + "\n")
+    outputs.write_atomically(folder / "submission.json", json.dumps(content, ensure_ascii=False) + "\n")
     return "submission.json"

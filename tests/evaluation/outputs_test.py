@@ -2,7 +2,7 @@
 
 import json
 
-from moe_vlm_jax.evaluation import report, scorers
+from moe_vlm_jax.evaluation import outputs, scorers
 
 
 def scores(exact: float, similarity: float, **per_type: tuple[float, float, int]) -> scorers.Scores:
@@ -18,7 +18,7 @@ RESULTS = {
 
 
 def test_the_console_table_shows_every_column_side_by_side_overall_and_for_each_type():
-    lines = report.console_table(RESULTS).splitlines()
+    lines = outputs.console_table(RESULTS).splitlines()
     assert lines[0].split() == ["questions", "before", "after", "blind"]
     assert [line.split() for line in lines[1:5]] == [
         ["exact", "match"],
@@ -33,13 +33,13 @@ def test_the_console_table_shows_every_column_side_by_side_overall_and_for_each_
 
 def test_a_control_that_lacks_a_type_shows_a_dash():
     partial = {**RESULTS, "shuffled": scores(0.1, 0.2, image_span=(0.1, 0.2, 80))}
-    rows = {row[0]: row for row in map(str.split, report.console_table(partial).splitlines()[:6])}
+    rows = {row[0]: row for row in map(str.split, outputs.console_table(partial).splitlines()[:6])}
     assert rows["multi-span"][-1] == "-"
     assert rows["image-span"][-1] == "0.100"
 
 
 def test_results_and_predictions_are_json_that_holds_what_was_given(tmp_path):
-    report.write_results(tmp_path / "results.json", RESULTS)
+    outputs.write_results(tmp_path / "results.json", RESULTS)
     written = json.loads((tmp_path / "results.json").read_text())
     assert list(written) == ["before", "after", "blind"]
     assert written["after"]["exact_match"] == 0.7166
@@ -51,6 +51,6 @@ def test_results_and_predictions_are_json_that_holds_what_was_given(tmp_path):
         {"id": "b", "prediction": ""},
         {"id": "c", "prediction": "\x85\u2028\r"},
     ]
-    report.write_predictions(tmp_path / "predictions.jsonl", rows)
-    assert report.read_predictions(tmp_path / "predictions.jsonl") == rows
+    outputs.write_predictions(tmp_path / "predictions.jsonl", rows)
+    assert outputs.read_predictions(tmp_path / "predictions.jsonl") == rows
     assert sorted(p.name for p in tmp_path.iterdir()) == ["predictions.jsonl", "results.json"]
