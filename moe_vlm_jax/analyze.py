@@ -16,11 +16,10 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
-from absl import logging
 from flax import nnx
 
+from moe_vlm_jax import command_line, ready
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import ready
 from moe_vlm_jax.analysis import drawing, page, summary
 from moe_vlm_jax.analysis import log as log_lib
 from moe_vlm_jax.data import bad_samples, records, sources
@@ -37,8 +36,7 @@ LOG, SUMMARY = "routing.npz", "routing.json"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     args = _parser().parse_args(argv)
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
+    command_line.show_messages()
     try:
         print(f"page: {analyze(args)}")
     except bad_samples.SampleError as error:

@@ -80,6 +80,19 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache / "moe_vlm_jax" / "compiled"))
 
 
+def show_messages() -> None:
+    """Shows our messages with the time of day, and of other packages only warnings: Orbax tells every rename."""
+    if not flags.FLAGS.is_parsed():  # by argparse, which absl does not know of
+        flags.FLAGS.mark_as_parsed()
+    logging.use_absl_handler()
+    if flags.FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.INFO)
+    handler = logging.get_absl_handler()
+    handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    ours = str(pathlib.Path(__file__).parent)
+    handler.addFilter(lambda record: record.levelno > std_logging.INFO or record.pathname.startswith(ours))
+
+
 def _parse(argv: Sequence[str], *, chains: bool, kind: type, validate: Callable[[Any], None]) -> list[str]:
     default = kind()
     try:
@@ -100,18 +113,8 @@ def _parse(argv: Sequence[str], *, chains: bool, kind: type, validate: Callable[
             f"error: unexpected argument(s) {' '.join(rest[1:])}; write overrides as --config.a.b=value.\n"
         )
         sys.exit(2)
-    _set_up_logging()
+    show_messages()
     return rest
-
-
-def _set_up_logging() -> None:
-    """Shows our messages with the time of day, and of other packages only warnings: Orbax tells every rename."""
-    if flags.FLAGS["verbosity"].using_default_value:
-        logging.set_verbosity(logging.INFO)
-    handler = logging.get_absl_handler()
-    handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    ours = str(pathlib.Path(__file__).parent)
-    handler.addFilter(lambda record: record.levelno > std_logging.INFO or record.pathname.startswith(ours))
 
 
 def _check_overrides(argv: Sequence[str], kind: type) -> Any:

@@ -14,8 +14,6 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from absl import logging
-
 from moe_vlm_jax import arguments, command_line, origins
 from moe_vlm_jax.serving import engines, requests, worker
 from moe_vlm_jax.serving import prompts as prompts_lib
@@ -42,7 +40,7 @@ def _serve(args: argparse.Namespace) -> int:
         if error.name != "aiohttp":
             raise
         raise ImportError("the server needs aiohttp; install it (pip install moe_vlm_jax[serve]).") from error
-    logging.set_verbosity(logging.INFO)
+    command_line.show_messages()
     source = arguments.source_of(args)
     most = 1024 if args.max_new_tokens is None else args.max_new_tokens
     args.max_new_tokens = None
