@@ -136,6 +136,15 @@ def test_sigterm_saves_and_stops(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+def test_a_stopped_run_ends_only_when_the_state_of_all_processes_is_on_disk(tmp_path, monkeypatch):
+    run = StandIn(tmp_path, num_steps=9)
+    run.before_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None
+    monkeypatch.setattr(loop.distributed, "barrier", lambda name: run.events.append(name))
+    with pytest.raises(loop.Interrupted):
+        run.fit()
+    assert run.events[-3:] == ["save 3", "wait", "the state is saved"]
+
+
 def test_a_finished_run_is_left_alone(tmp_path):
     run = StandIn(tmp_path, num_steps=0)
     run.fit()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -125,3 +126,23 @@ def test_a_dense_base_is_upcycled(tmp_path, monkeypatch):
             ours["decoder/groups/1/blocks/0/moe/experts/up/kernel"][0, expert],
             theirs["decoder/groups/0/blocks/0/mlp/up/kernel"][1],
         )
+
+
+@pytest.mark.parametrize(("seen_here", "said_by_process_0"), [(4, 6), (None, 6), (6, None)])
+def test_process_0_says_from_which_checkpoint_all_go_on(monkeypatch, seen_here, said_by_process_0):
+    """A network file system may show other processes an older newest folder, or none yet."""
+    restored = []
+
+    def restore(abstract, step):
+        restored.append(step)
+        return checkpoint.Restored("the state", {"next_step": step})
+
+    checkpoints = types.SimpleNamespace(latest_step=lambda: seen_here, restore=restore)
+    iterator = types.SimpleNamespace(start=lambda: None, set_state=restored.append)
+    run = types.SimpleNamespace(checkpoints=checkpoints, iterator=iterator, abstract_state=None)
+    monkeypatch.setattr(setup.distributed, "from_leader", lambda value: said_by_process_0)
+    state = setup.start(run, "before the first step")
+    if said_by_process_0 is None:
+        assert (state, restored) == ("before the first step", [])
+    else:
+        assert (state, restored) == ("the state", [said_by_process_0, {"next_step": said_by_process_0}])
