@@ -39,7 +39,8 @@ def write(
     folded = [*tables.detail_tables(found), tables.runs_table(found)]
     folded += map(published_tables.as_printed, published.tables())
     names = [one.name for one in found]
-    note = f"{len(found)} evaluated models: {', '.join(names)}. What is marked as published was not measured here."
+    many = "models" if len(found) > 1 else "model"
+    note = f"{len(found)} evaluated {many}: {', '.join(names)}. What is marked as published was not measured here."
     out.mkdir(parents=True, exist_ok=True)
     outputs.write_atomically(out / "report.md", markdown.document(title=title, note=note, tables=[*shown, *folded]))
     text = page.document(
