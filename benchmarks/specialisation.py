@@ -81,7 +81,7 @@ SWEEPS = {
     "router": Sweep(
         "what decides, every question with its own image tokens",
         {
-            name: {"data.share_prefix": False, **settings}
+            name: {"data.share_prefix": False, "data.images_per_row": 8, **settings}
             for name, settings in {
                 "topk": {},
                 "topk and STGC": STGC,
