@@ -1,6 +1,7 @@
 """The annotation server: what it shows, what it refuses, and that a kill loses no mark."""
 
 import contextlib
+import functools
 import http.client
 import io
 import json
@@ -327,7 +328,10 @@ class Process:
     def __init__(self, folder: pathlib.Path, annotator: str = "ana", *arguments: str):
         command = [sys.executable, "-m", "moe_vlm_jax.preferences", "annotate", "--candidates", str(folder / "c.jsonl")]
         command += ["--marks", str(folder / "m.jsonl"), "--annotator", annotator, "--port", "0", *arguments]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # Jobs in the background of a shell are started with SIGINT ignored, and would hand that on.
+        heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.process = subprocess.Popen(command, text=True, preexec_fn=heeding, **pipes)
         assert self.process.stdout is not None
         self.line = self.process.stdout.readline()
         (port,) = re.findall(r"http://[\d.]+:(\d+)/", self.line)
