@@ -23,6 +23,7 @@ def run(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_lines_of_a_pipe_are_answered(run, tmp_path, capsys):
     Image.new("RGB", (16, 16), (200, 10, 40)).save(tmp_path / "a b.png")
     shown = f"/image {tmp_path}/a b.png"

@@ -86,6 +86,7 @@ def leaves_of_kind(tree, kind) -> list:
     return [value for value in found if isinstance(value, kind)]
 
 
+@pytest.mark.slow
 def test_quantised_kernels_stay_quantised():
     _, params = layout.apart(*make(QUANTISED), num_rows=1, donate=False)
     experts = leaves_of_kind(params, stored.Apart)

@@ -63,6 +63,7 @@ def test_merged_model_gives_the_logits_of_base_and_adapter(kind):
     assert np.abs(whole - base).max() > 0.01 * np.abs(whole).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_kernel_by_kernel_gives_the_same_as_all_at_once(kind):
     config, params = adapted(kind)

@@ -148,6 +148,7 @@ def test_token_gradients_equal_one_token_at_a_time(options):
     assert 0 < conflicting.sum() < counted.sum()
 
 
+@pytest.mark.slow
 def test_watching_changes_no_gradient():
     case = _case(tuple(CASES[1].items()))
 

@@ -116,6 +116,7 @@ def test_buttons_do_what_keys_do(browser, page, tmp_path):
     assert held(tmp_path) == {"q0": left.split()[0], "q1": "tie"}
 
 
+@pytest.mark.slow
 def test_the_order_is_random_but_remembered(browser, page, tmp_path):
     seen = {}
     for annotator in ("ana", "ben", "ana"):

@@ -343,6 +343,7 @@ class Process:
         return self.process.communicate(timeout=30)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_loses_no_acknowledged_mark(tmp_path):
     examples.write_candidates(tmp_path, 12)
     acknowledged: dict[str, str] = {}

@@ -203,6 +203,7 @@ def test_a_shared_prompt_gives_the_loss_and_the_gradient_of_separate_sequences(l
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_log_probs_that_were_computed_beforehand_train_alike():
     config = run_config(sft_coef=0.3)
     graphdef, _, frozen = parts(config)

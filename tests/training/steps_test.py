@@ -48,6 +48,7 @@ def _values(state: nnx.State) -> dict[str, np.ndarray]:
     return {name: np.asarray(variable[...]) for name, variable in tree.leaves(state).items()}
 
 
+@pytest.mark.slow
 def test_two_micro_batches_are_one_batch_of_twice_the_size():
     config = examples.without_balance(_config())
     train_step, state, frozen = _start(config)
@@ -65,6 +66,7 @@ def test_two_micro_batches_are_one_batch_of_twice_the_size():
         np.testing.assert_allclose(moments[0][name], moments[1][name], atol=1e-7, rtol=2e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_balance_loss_is_the_mean_over_micro_batches():
     config = _config()
     train_step, state, frozen = _start(config)

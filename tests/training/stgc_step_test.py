@@ -136,6 +136,7 @@ def test_towers_choices_and_dispatches(tower, top_k, dispatch):
     assert float(figures["stgc/conflict_score"]) > 0
 
 
+@pytest.mark.slow
 def test_a_batch_without_labels_conflicts_with_nobody():
     config = _config(coefficient=1.0, threshold=0.1)
     graphdef, params = examples.random_model(config.model, seed=1)
