@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from subprocess import PIPE
 
 import pytest
 from PIL import Image
@@ -328,10 +329,8 @@ class Process:
     def __init__(self, folder: pathlib.Path, annotator: str = "ana", *arguments: str):
         command = [sys.executable, "-m", "moe_vlm_jax.preferences", "annotate", "--candidates", str(folder / "c.jsonl")]
         command += ["--marks", str(folder / "m.jsonl"), "--annotator", annotator, "--port", "0", *arguments]
-        # Jobs in the background of a shell are started with SIGINT ignored, and would hand that on.
-        heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.process = subprocess.Popen(command, text=True, preexec_fn=heeding, **pipes)
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+        self.process = subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, preexec_fn=heed)
         assert self.process.stdout is not None
         self.line = self.process.stdout.readline()
         (port,) = re.findall(r"http://[\d.]+:(\d+)/", self.line)
