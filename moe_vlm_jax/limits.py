@@ -1,4 +1,7 @@
-"""What single fields of a config may hold: words and ranges, by dotted path. Rules between fields: validation.py."""
+"""What single fields of a config may hold: words and ranges, by dotted path; and the rule for fields without effect.
+
+Rules between fields: validation.py and expert_rules.py.
+"""
 
 from collections.abc import Iterator
 

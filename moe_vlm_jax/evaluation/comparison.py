@@ -8,7 +8,7 @@ import collections
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
-from moe_vlm_jax.evaluation import scorers, verbosity
+from moe_vlm_jax.evaluation import outputs, scorers, verbosity
 
 Predictions = Sequence[Mapping]  # as `runner.EvaluationResult.predictions` holds them
 
@@ -115,12 +115,7 @@ def console_table(runs: Mapping[str, Predictions]) -> str:
     for kind, of_kind in table(runs):
         rows.append([kind])
         rows += [[f"  {row.run}", str(row.count), *(text for cell in row.cells for text in cell)] for row in of_kind]
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=False))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return outputs.aligned(rows)
 
 
 def check_same_questions(runs: Mapping[str, Predictions]) -> None:

@@ -43,6 +43,15 @@ def console_table(results: Mapping[str, scorers.Scores]) -> str:
         rows.append([title])
         for kind, count, cells in table_rows(results, names, metric):
             rows.append([f"  {kind}", str(count), *cells])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Returns rows of cells as lines of a console: the first column to the left, the others to the right.
+
+    Args:
+      rows: the first is as long as any; later ones may end early.
+    """
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

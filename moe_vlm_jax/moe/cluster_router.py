@@ -14,7 +14,7 @@ LEAD = 4.0  # of a cluster's own expert over the others, in logits: it begins wi
 class ClusterRouter(router_lib.TopKRouter):
     """A top-k router whose logits are those of the question's cluster: a table, float32[K, E], in each layer.
 
-    This is MoCLE's gate (arXiv 2312.12379, section 3.2) without its factors: there the logits are a linear map of an
+    This is MoCLE's gate (arXiv 2312.12379) without its factors: there the logits are a linear map of an
     embedding learned for each cluster. Cluster c begins with expert c mod E first. Trained, the table can learn to send
     clusters elsewhere; frozen, the labels of k-means are the experts, as in the baseline of the STGC paper.
     """

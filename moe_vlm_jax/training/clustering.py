@@ -30,6 +30,11 @@ class Fit(NamedTuple):
     inertia: float
     spread: float
 
+    @property
+    def explained(self) -> float:
+        """Share of the variance that lies between clusters."""
+        return 1.0 - self.inertia / max(self.spread, 1e-30)
+
 
 def embed(examples: Sequence[records.Example], words: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     """Returns float32[N, D] the embeddings of the examples' questions, and these; empty questions are left out.
@@ -108,7 +113,7 @@ def make(
         "base": config.training.base,
         "questions": len(asked),
         "sizes": np.bincount(found.labels).tolist(),
-        "explained": 1.0 - found.inertia / max(found.spread, 1e-30),
+        "explained": found.explained,
         "seed": seed,
     }
     question_clusters.write(target, question_clusters.Clusters(found.centroids), about)
@@ -124,8 +129,7 @@ def table(found: Fit, vectors: np.ndarray, asked: Sequence[np.ndarray], tokenize
         texts = collections.Counter(tokenizer.decode(asked[i]).strip() for i in nearest[: 20 * SHOWN])
         shown = " | ".join(list(texts)[:SHOWN])
         lines.append(f"cluster {cluster}: {len(own) / len(found.labels):.1%} of questions, e.g. {shown}")
-    share = 1.0 - found.inertia / max(found.spread, 1e-30)
-    return "\n".join([*lines, f"{share:.1%} of the questions' variance lies between clusters"])
+    return "\n".join([*lines, f"{found.explained:.1%} of the questions' variance lies between clusters"])
 
 
 def _word_embeddings(config: config_lib.RunConfig) -> np.ndarray:
