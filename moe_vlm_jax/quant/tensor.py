@@ -124,7 +124,7 @@ def dequantize(tensor: QuantizedTensor, dtype: jax.typing.DTypeLike) -> jax.Arra
             tpu=functools.partial(_unpacked_by_repeating, shape=blocks),
             default=functools.partial(_unpacked, shape=blocks),
         )
-        values = _decode_nf4(nibbles) if tensor.kind == "nf4" else nibbles.astype(jnp.float32) - 8.0
+        values = _nf4_values(nibbles) if tensor.kind == "nf4" else nibbles.astype(jnp.float32) - 8.0
     kernel = (values * scale).astype(dtype)
     if not tensor.flattened:
         return kernel.reshape(*tensor.leading, *tensor.shape)
@@ -190,7 +190,21 @@ def _unpacked_by_repeating(codes: jax.Array, shape: tuple[int, ...]) -> jax.Arra
     return jnp.where(odd == 1, both & jnp.uint8(15), both >> 4)
 
 
-def _decode_nf4(codes: jax.Array) -> jax.Array:
+def _nf4_values(codes: jax.Array) -> jax.Array:
+    """uint8[...] below 16 -> float32[...]."""
+    return jax.lax.platform_dependent(codes, cuda=_nf4_looked_up, rocm=_nf4_looked_up, default=_nf4_by_halving)
+
+
+def _nf4_looked_up(codes: jax.Array) -> jax.Array:
+    """Looks codes up in the table.
+
+    Of selects, XLA:GPU takes the constants out of a loop over layers, each of them spread over all weights of a layer
+    in float32: 12.5 GiB for Phi-2 with four experts.
+    """
+    return jnp.asarray(codebooks.NF4).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+
+
+def _nf4_by_halving(codes: jax.Array) -> jax.Array:
     """Looks codes up by halving the table with each bit: selects vectorise everywhere, a gather does not on a TPU."""
     level = [jnp.float32(value) for value in codebooks.NF4]
     for bit in range(4):
