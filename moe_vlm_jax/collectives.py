@@ -85,7 +85,7 @@ class Collective:
 def collectives(hlo_text: str) -> list[Collective]:
     """Returns the collectives of an optimised HLO module in the order of the text.
 
-    Of a conditional the branch that sends most counts.
+    Of a conditional the branch that sends most counts, in the scope hlo.RARELY the one that sends least.
 
     Raises:
       ValueError: a loop around a collective whose trip count is not known at compile time, or device groups in a form
@@ -238,7 +238,7 @@ class _Walk:
                 trips = hlo.trip_count(instruction, scope, self.computations)
                 return {key: (found, trips * count) for key, (found, count) in body.items()}
             case "conditional":
-                return max(map(self.computation, instruction.callees()), key=_sent)
+                return (min if instruction.rare else max)(map(self.computation, instruction.callees()), key=_sent)
             case opcode if opcode.endswith(("-done", "-update")):  # name the computation that -start called
                 return {}
         merged: _Found = {}

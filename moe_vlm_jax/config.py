@@ -85,8 +85,8 @@ class MoEConfig:
     top_k: int = 2
     renormalize: bool = True  # weights sum to 1 over the chosen; top_k=1 always uses the raw probability
     dispatch: str = "dropless"  # dropless | capacity (the reference) | dense (every expert, the oracle)
-    grouped_matmul: str = "auto"  # dropless only: ragged (native on TPU) | blocks | auto by platform
-    block_rows: int = 64  # rows of one block of 'blocks'
+    grouped_matmul: str = "auto"  # dropless only: ragged (TPU) | slots (GPU) | blocks (CPU) | auto by platform
+    block_rows: int = 64  # rows of one block of 'blocks', and of what 'slots' has no slots for, at least
     capacity_factor: float = 1.5  # capacity only; the reference multiplies it by top_k
     eval_capacity_factor: float = 2.0
     min_capacity: int = 0

@@ -30,7 +30,7 @@ class ProgramCost:
     """FLOPs of one run of a compiled program.
 
     Attributes:
-      flops: all matmul FLOPs; of a conditional, those of its dearest branch.
+      flops: all matmul FLOPs; of a conditional, those of its dearest branch (in hlo.RARELY the cheapest).
       by_kind: the same by 'dot', 'convolution', 'custom-call'.
       by_name: the same by name in the traced program, 'jit(step)/.../dot_general'.
       other_calls: custom calls taken to multiply nothing: target -> how many stand in the text.
@@ -106,7 +106,8 @@ class _Walk:
                 trips = hlo.trip_count(instruction, scope, self.computations)
                 return {name: trips * flops for name, flops in body.items()}
             case "conditional":
-                return max(map(self.computation, instruction.callees()), key=lambda cost: sum(cost.values()))
+                choose = min if instruction.rare else max
+                return choose(map(self.computation, instruction.callees()), key=lambda cost: sum(cost.values()))
             case "fusion" | "call" | "async-start" | "fusion-start" | "call-start":  # -start: XLA:GPU's, goes on
                 return self.computation(instruction.callees()[0])
             case opcode if opcode.endswith(("-update", "-done")):  # name the computation that -start called

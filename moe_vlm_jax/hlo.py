@@ -8,6 +8,9 @@ import dataclasses
 import math
 import re
 
+# Scope (jax.named_scope) of a conditional whose dearer branch is the exception: who counts takes the other.
+RARELY = "rarely"
+
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
 
@@ -39,6 +42,11 @@ class Instruction:
         """The operation's name in the traced program, or the instruction's own where XLA made it."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found.group(1) if found else self.name
+
+    @property
+    def rare(self) -> bool:
+        """Whether it is a conditional in the scope RARELY."""
+        return RARELY in self.op_name.split("/")
 
     def callee(self, attribute: str) -> str:
         """Returns the computation that an attribute names, e.g. body=%region_0."""

@@ -20,7 +20,7 @@ CHOICES = {
     "model.moe.placement": config_lib.PLACEMENTS,
     "model.moe.router": ("topk", "modality", "cluster"),
     "model.moe.dispatch": ("dropless", "capacity", "dense"),
-    "model.moe.grouped_matmul": ("auto", "ragged", "blocks"),
+    "model.moe.grouped_matmul": ("auto", "ragged", "blocks", "slots"),
     "model.moe.capacity_group": ("batch", "row"),
     "model.moe.expert_parallel": ("shard_map", "gspmd"),
     "data.source": ("embedded", "easy_vqa", "llava", "infographicvqa"),

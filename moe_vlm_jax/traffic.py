@@ -22,7 +22,7 @@ _VIEWS = ("bitcast", "reshape", "get-tuple-element", "optimization-barrier")
 def memory_bytes(hlo_text: str) -> float:
     """Returns the bytes that one run of an optimised HLO module reads and writes in main memory, on one device.
 
-    Of a conditional, the branch that moves most counts.
+    Of a conditional, the branch that moves most counts, in the scope hlo.RARELY the one that moves least.
 
     Raises:
       ValueError: a loop whose trip count is not known at compile time.
@@ -58,7 +58,7 @@ class _Walk:
                 body = self.computation(instruction.callee("body"))
                 return body * hlo.trip_count(instruction, scope, self.computations) if body else 0.0
             case "conditional":
-                return max(map(self.computation, instruction.callees()))
+                return (min if instruction.rare else max)(map(self.computation, instruction.callees()))
             case "call" | "async-start":
                 return self.computation(instruction.callees()[0])
             case "copy-start":  # (destination, source, context)

@@ -39,6 +39,10 @@ def programs() -> dict[str, str]:
     def branches(x):
         return lax.cond(x[0, 0] > 0, lambda: exchange(x, "expert"), lambda: x + lax.psum(x[:1], "expert"))
 
+    def rare_branches(x):
+        with jax.named_scope(hlo.RARELY):
+            return branches(x)
+
     bodies = {
         "all-to-all": lambda x: exchange(x, "expert"),
         "two axes": lambda x: lax.all_gather(x, ("data", "expert"), axis=0, tiled=True).sum(0, keepdims=True) + x,
@@ -47,6 +51,7 @@ def programs() -> dict[str, str]:
         "permute": lambda x: lax.ppermute(x, "data", [(0, 1), (1, 0)]),
         "loops": scanned,
         "branches": branches,
+        "rare branches": rare_branches,
         "none": jnp.tanh,
     }
     x = jax.ShapeDtypeStruct((8 * ROWS, WIDTH), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, everywhere))
@@ -80,6 +85,7 @@ BY_HAND = {
     "permute": [("collective-permute", ("data",), 1, BYTES, BYTES)],
     "loops": [("all-reduce", ("data",), 5, BYTES, BYTES), ("all-to-all", ("expert",), 15, BYTES, BYTES * 3 / 4)],
     "branches": [("all-to-all", ("expert",), 1, BYTES, BYTES * 3 / 4)],  # the other one sends 1 row in 8
+    "rare branches": [("all-reduce", ("expert",), 1, BYTES / 8, 2 * BYTES / 8 * 3 / 4)],
     "none": [],
 }
 

@@ -12,7 +12,7 @@ from jax import lax
 
 from moe_vlm_jax import batch as batch_lib
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import cost, tree
+from moe_vlm_jax import cost, hlo, tree
 from moe_vlm_jax.models import vlm
 
 M, K, N = 32, 48, 80
@@ -49,6 +49,11 @@ def branches(flag, x, small, large):
     return lax.cond(flag, lambda: (x @ large).sum(), lambda: (x @ small).sum())
 
 
+def rare_branches(*arguments):
+    with jax.named_scope(hlo.RARELY):
+        return branches(*arguments)
+
+
 SQUARE = 2 * M * K * K
 HAND_COUNTED = {
     "matmul": (lambda x, w: x @ w, (struct(M, K), struct(K, N)), 2 * M * K * N),
@@ -69,6 +74,11 @@ HAND_COUNTED = {
         branches,
         (jax.ShapeDtypeStruct((), jnp.bool_), struct(M, K), struct(K, 8), struct(K, N)),
         2 * M * K * N,
+    ),
+    "cheapest branch of a rarity": (
+        rare_branches,
+        (jax.ShapeDtypeStruct((), jnp.bool_), struct(M, K), struct(K, 8), struct(K, N)),
+        2 * M * K * 8,
     ),
 }
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from moe_vlm_jax import traffic
+from moe_vlm_jax import hlo, traffic
 
 M, K = 32, 48
 ARRAY = 4 * M * K
@@ -45,6 +45,17 @@ def test_updating_a_slice_in_place_moves_the_slice():
 
     # A step reads x, writes x + 1, and copies x into its place; the whole result is 50 times as large as x.
     assert moved(stacked, struct(M, K)) <= 50 * 8 * ARRAY
+
+
+@pytest.mark.parametrize(("scope", "counted"), [("often", True), (hlo.RARELY, False)])
+def test_of_a_conditional_the_branch_that_moves_most_counts_but_of_a_rarity_the_least(scope, counted):
+    def branches(flag, x, small, large):
+        with jax.named_scope(scope):
+            return lax.cond(flag, lambda: (x @ large).sum(), lambda: (x @ small).sum())
+
+    arguments = (struct(M, K), struct(K, 8), struct(K, 400))
+    large = 4 * K * 400
+    assert (moved(branches, jax.ShapeDtypeStruct((), jnp.bool_), *arguments) >= large) == counted
 
 
 def test_arrays_on_the_chip_move_nothing():

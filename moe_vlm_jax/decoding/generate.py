@@ -178,8 +178,8 @@ def dropless_graphdef(graphdef: nnx.GraphDef, params: nnx.State) -> nnx.GraphDef
             node.config = dataclasses.replace(
                 moe,
                 dispatch="dropless" if moe.dispatch == "capacity" else moe.dispatch,
-                # Blocks were chosen for the many rows of training; a step of decoding has few.
-                grouped_matmul="auto" if moe.grouped_matmul == "blocks" else moe.grouped_matmul,
+                # These were chosen for the many rows of training; a step of decoding has few.
+                grouped_matmul="auto" if moe.grouped_matmul in ("blocks", "slots") else moe.grouped_matmul,
                 padding_takes_capacity=False,
                 gumbel_second_choice=False,
                 random_token_selection=False,

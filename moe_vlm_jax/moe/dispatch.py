@@ -4,8 +4,7 @@ All read the same RouterOutput and return float[M, D] plus the number of assignm
 
     dense      every expert on every token, weighted; E / k times the work; what the others are tested against
     capacity   C slots an expert, later tokens dropped: GShard's top-2 as DeepSpeed 0.9.5 computes it
-    dropless   tokens sorted by expert, grouped matmul; exactly k experts' work a token
-               (few tokens: each expert that somebody chose, on all of them)
+    dropless   exactly k experts a token, nothing dropped: moe/dropless.py
 """
 
 import math
@@ -33,107 +32,6 @@ def dense(
         beside = (jnp.einsum("Mkn,MkE->EMn", probe, jax.nn.one_hot(routed.index, routed.probs.shape[-1])),)
     outputs = experts(x, layouts.EveryExpert(), *beside)  # [E, M, D]
     return jnp.einsum("ME,EMD->MD", routed.combine.astype(x.dtype), outputs)
-
-
-def dropless(
-    x: jax.Array,
-    routed: router_lib.RouterOutput,
-    experts: Experts,
-    *,
-    grouped_matmul: str,
-    block_rows: int,
-    mostly_empty: bool = False,
-    probe: jax.Array | None = None,
-) -> jax.Array:
-    """Returns the same as dense with only the chosen experts computed, float[M, D].
-
-    Args:
-      x: float[M, D] tokens.
-      routed: choices; tokens with weight 0 everywhere take no row, nor does a choice of expert E, which is elsewhere.
-      experts: the layer's experts.
-      grouped_matmul: 'ragged', 'blocks' or 'experts' (`one_by_one`); 'auto' takes ragged on TPU, the one backend with a
-        kernel for it, and elsewhere experts where blocks would be as many rows.
-      block_rows: rows of a block; at most (E - 1) blocks are padding.
-      mostly_empty: whether many choices go elsewhere, so that skipping blocks without a row pays.
-      probe: float32[M, k, n] or None; with one, every choice has a row of its own.
-    """
-    tokens, top_k = routed.index.shape
-    num_experts = routed.probs.shape[-1]
-    if grouped_matmul == "auto":
-        grouped_matmul = _fitting(tokens, top_k, num_experts, block_rows)
-        if grouped_matmul == "experts" and probe is not None:
-            grouped_matmul = "blocks"
-    if grouped_matmul == "experts":
-        return one_by_one(x, routed, experts)
-    block, num_rows = _block_rows(tokens, top_k, num_experts, 1 if grouped_matmul == "ragged" else block_rows)
-    active = jnp.any(routed.weight > 0, axis=-1, keepdims=True)
-    expert = jnp.where(active, routed.index, num_experts).reshape(-1)  # [M * k]; E: goes nowhere
-    chosen = jax.nn.one_hot(expert, num_experts, dtype=jnp.int32)  # [M * k, E]
-    rank = jnp.sum((jnp.cumsum(chosen, axis=0) - 1) * chosen, axis=-1)
-    sizes = chosen.sum(axis=0)
-    padded = -(-sizes // block) * block
-    ends = jnp.cumsum(padded)
-    start = jnp.sum(chosen * (ends - padded), axis=-1)
-    row_of_pair = jnp.where(expert < num_experts, start + rank, num_rows).astype(jnp.int32)
-    row_of_token = row_of_pair.reshape(tokens, top_k)
-    pair_of_row = permute.invert(row_of_pair, num_rows)
-
-    if grouped_matmul == "ragged":
-        layout = layouts.Ragged(sizes)
-    else:
-        block_start = jnp.arange(num_rows // block) * block
-        expert_of_block = jnp.sum(block_start[:, None] >= ends[None, :-1], axis=-1)  # unused blocks: the last expert
-        used = block_start < ends[-1] if mostly_empty else None
-        layout = layouts.Blocks(expert_of_block.astype(jnp.int32), used)
-    rows = permute.rows_from_tokens(x, pair_of_row // top_k, row_of_token)
-    beside = _probe_rows(probe, pair_of_row, row_of_pair)
-    outputs = permute.tokens_from_rows(experts(rows, layout, *beside), row_of_token, pair_of_row)  # [M, k, D]
-    return jnp.einsum("Mk,MkD->MD", routed.weight.astype(x.dtype), outputs)
-
-
-def _probe_rows(probe: jax.Array | None, pair_of_row: jax.Array, row_of_pair: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns the probe of each row, float[R, n], or nothing; its cotangent comes back to the pairs."""
-    if probe is None:
-        return ()
-    pairs = probe.reshape(-1, probe.shape[-1])  # [M * k, n]
-    return (permute.rows_from_tokens(pairs, pair_of_row, row_of_pair[:, None]),)
-
-
-def _fitting(tokens: int, top_k: int, num_experts: int, block_rows: int) -> str:
-    """Returns the grouped matmul that fits this backend and number of tokens."""
-    if jax.default_backend() == "tpu":
-        return "ragged"
-    _, num_rows = _block_rows(tokens, top_k, num_experts, block_rows)
-    return "experts" if tokens * num_experts <= num_rows else "blocks"
-
-
-def _block_rows(tokens: int, top_k: int, num_experts: int, block_rows: int) -> tuple[int, int]:
-    """Returns the rows of a block, and of all blocks whoever is chosen."""
-    block = min(block_rows, -(-tokens * top_k // 8) * 8)
-    most = min(top_k, num_experts)  # a token's choices differ, so no more of them are here
-    return block, (tokens * most + num_experts * (block - 1)) // block * block
-
-
-def one_by_one(x: jax.Array, routed: router_lib.RouterOutput, experts: Experts) -> jax.Array:
-    """Returns the same as dense, float[M, D]: one expert after the other on all tokens, if anybody chose it.
-
-    What a step of decoding wants: its time is that of reading the experts' parameters, and those of the others are
-    not read.
-
-    Args:
-      x: float[M, D] tokens, few.
-      routed: choices.
-      experts: the layer's experts, in a stack or apart (`nn.stored`).
-    """
-    total = jnp.zeros_like(x)
-    for e in range(routed.probs.shape[-1]):
-        weight = jnp.sum(jnp.where(routed.index == e, routed.weight, 0.0), axis=-1, keepdims=True).astype(x.dtype)
-
-        def added(total: jax.Array, e: int = e, weight: jax.Array = weight) -> jax.Array:
-            return total + weight * experts(x, layouts.OneExpert(e))
-
-        total = jax.lax.cond(jnp.any(weight > 0), added, lambda total: total, total)
-    return total
 
 
 class SlotPlan(NamedTuple):
@@ -238,16 +136,48 @@ def capacity(
     ranks = None if priority is None else grouped(priority)
     plan = jax.vmap(plan_group)(grouped(routed.index), grouped(routed.probs), grouped(takes_slot), ranks)
     slots_per_expert = num_groups * slots
-    num_rows = num_experts * slots_per_expert
     group = jnp.arange(num_groups)[:, None, None]
     row = grouped(routed.index) * slots_per_expert + group * slots + plan.slot
-    row_of_token = jnp.where(plan.kept, row, num_rows).reshape(tokens, top_k).astype(jnp.int32)
-    pair_of_row = permute.invert(row_of_token.reshape(-1), num_rows)
-    rows = permute.rows_from_tokens(x, pair_of_row // top_k, row_of_token)
-    beside = (
-        p.reshape(num_experts, slots_per_expert, -1) for p in _probe_rows(probe, pair_of_row, row_of_token.reshape(-1))
-    )
-    outputs = experts(rows.reshape(num_experts, slots_per_expert, -1), layouts.Slots(), *beside)
-    outputs = permute.tokens_from_rows(outputs.reshape(num_rows, -1), row_of_token, pair_of_row)
-    weight = plan.weight.reshape(tokens, top_k).astype(x.dtype)
-    return jnp.einsum("Mk,MkD->MD", weight, outputs), plan.dropped.sum()
+    row = jnp.where(plan.kept, row, num_experts * slots_per_expert).reshape(tokens, top_k)
+    weight = plan.weight.reshape(tokens, top_k)
+    y = through_slots(x, row, weight, experts, num_experts=num_experts, slots=slots_per_expert, probe=probe)
+    return y, plan.dropped.sum()
+
+
+def through_slots(
+    x: jax.Array,
+    row: jax.Array,
+    weight: jax.Array,
+    experts: Experts,
+    *,
+    num_experts: int,
+    slots: int,
+    probe: jax.Array | None = None,
+) -> jax.Array:
+    """Returns float[M, D]: sum over k of weight[m, k] times what the expert of row[m, k] makes of x[m].
+
+    Args:
+      x: float[M, D].
+      row: int32[M, k] place among all slots, expert by expert; num_experts * slots for a choice without one.
+      weight: float32[M, k]; without effect on choices without a slot.
+      experts: the layer's experts.
+      num_experts: E.
+      slots: of each expert.
+      probe: float32[M, k, n] or None.
+    """
+    num_rows = num_experts * slots
+    row = row.astype(jnp.int32)
+    pair_of_row = permute.invert(row.reshape(-1), num_rows)
+    rows = permute.rows_from_tokens(x, pair_of_row // row.shape[-1], row)
+    beside = (p.reshape(num_experts, slots, -1) for p in probe_rows(probe, pair_of_row, row.reshape(-1)))
+    outputs = experts(rows.reshape(num_experts, slots, -1), layouts.Slots(), *beside)
+    outputs = permute.tokens_from_rows(outputs.reshape(num_rows, -1), row, pair_of_row)
+    return jnp.einsum("Mk,MkD->MD", weight.astype(x.dtype), outputs)
+
+
+def probe_rows(probe: jax.Array | None, pair_of_row: jax.Array, row_of_pair: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the probe of each row, float[R, n], or nothing; its cotangent comes back to the pairs."""
+    if probe is None:
+        return ()
+    pairs = probe.reshape(-1, probe.shape[-1])  # [M * k, n]
+    return (permute.rows_from_tokens(pairs, pair_of_row, row_of_pair[:, None]),)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import sharding
-from moe_vlm_jax.moe import cluster_router, dispatch, expert_parallel, modality_router, token_gradients
+from moe_vlm_jax.moe import cluster_router, dispatch, dropless, expert_parallel, modality_router, token_gradients
 from moe_vlm_jax.moe import experts as experts_lib
 from moe_vlm_jax.moe import router as router_lib
 from moe_vlm_jax.nn import dropout, linear, mlp
@@ -117,13 +117,13 @@ class MoELayer(nnx.Module):
             case "dense":
                 return dispatch.dense(x, routed, experts, probe=probe), jnp.zeros((), jnp.float32)
             case "dropless":
-                y = dispatch.dropless(
+                y = dropless.dropless(
                     x,
                     routed,
                     experts,
                     grouped_matmul=config.grouped_matmul,
                     block_rows=config.block_rows,
-                    mostly_empty=routed.probs.shape[-1] < self.num_experts,
+                    total_experts=self.num_experts,
                     probe=probe,
                 )
                 return y, jnp.zeros((), jnp.float32)

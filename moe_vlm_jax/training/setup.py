@@ -262,10 +262,10 @@ def make_model(config: config_lib.RunConfig, devices: Sequence[Any] | None = Non
 
 
 def resolve(model: config_lib.ModelConfig, platform: str) -> config_lib.ModelConfig:
-    """Returns the config with grouped_matmul='auto' decided: only a TPU has a grouped matmul of its own."""
+    """Returns the config with grouped_matmul='auto' decided by what the platform multiplies well (moe/dropless.py)."""
     if model.moe.grouped_matmul != "auto":
         return model
-    chosen = "ragged" if platform == "tpu" else "blocks"
+    chosen = {"tpu": "ragged", "gpu": "slots"}.get(platform, "blocks")
     return dataclasses.replace(model, moe=dataclasses.replace(model.moe, grouped_matmul=chosen))
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax import tree
-from moe_vlm_jax.moe import dispatch, layer, layouts, router
+from moe_vlm_jax.moe import dispatch, dropless, layer, layouts, router
 
 B, T, D, F, E = 2, 13, 8, 12, 4
 NO_DROPS = 2.0 * E  # capacity factor with room for every token in every expert
@@ -73,6 +73,7 @@ def dense_oracle(options: tuple):
     [
         {"dispatch": "dropless", "grouped_matmul": "blocks"},
         {"dispatch": "dropless", "grouped_matmul": "ragged"},
+        {"dispatch": "dropless", "grouped_matmul": "slots"},
         {"dispatch": "dropless", "grouped_matmul": "experts"},
         {"dispatch": "capacity"},
         {"dispatch": "capacity", "capacity_group": "row"},
@@ -85,6 +86,44 @@ def test_dispatch_equals_dense_in_value_and_gradient(options, other):
     got, routed, got_gradients = value_and_gradients(with_dispatch(made, **other), inputs(), context(valid))
     assert routed.dropped == 0
     np.testing.assert_allclose(got[valid], want[valid], **TOLERANCE)
+    for name, gradient in want_gradients.items():
+        np.testing.assert_allclose(got_gradients[name], gradient, **TOLERANCE, err_msg=name)
+
+
+@pytest.mark.parametrize("room", [0.2, 0.7, 1.0, 1.5])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3, "gated": True, "bias": False}])
+def test_choices_without_a_slot_are_computed_in_a_second_round_that_runs_only_for_them(monkeypatch, options, room):
+    valid = jnp.arange(T)[None, :] < jnp.array([[T], [T - 4]])
+    made, want, want_gradients = dense_oracle(tuple(options.items()))
+    rounds, sort = [], dropless._sorted
+
+    def counted(*arguments, **settings):
+        jax.debug.callback(lambda: rounds.append("others"))
+        return sort(*arguments, **settings)
+
+    monkeypatch.setattr(dropless, "ROOM", room)
+    monkeypatch.setattr(dropless, "_sorted", counted)
+    slotted = with_dispatch(made, dispatch="dropless", grouped_matmul="slots")
+    got, routed, got_gradients = value_and_gradients(slotted, inputs(), context(valid))
+    jax.effects_barrier()
+    slots = -(-int(B * T * made.config.top_k * room) // E)
+    chosen = np.bincount(np.asarray(routed.index)[valid.reshape(-1)].reshape(-1), minlength=E)
+    assert bool(rounds) == (chosen.max() > slots) == (room < 1)
+    np.testing.assert_allclose(got[valid], want[valid], **TOLERANCE)
+    for name, gradient in want_gradients.items():
+        np.testing.assert_allclose(got_gradients[name], gradient, **TOLERANCE, err_msg=name)
+
+
+def test_slots_hold_every_choice_where_all_tokens_choose_alike():
+    """Nothing is lost when two of four experts get everything, the most that choices can crowd."""
+    made = make_layer(dispatch="dense")
+    made.router.kernel[...] = jnp.zeros((D, E)).at[0].set(jnp.array([3.0, -3.0, 2.0, -3.0]))
+    x = inputs().at[..., 0].set(9.0)
+    want, _, want_gradients = value_and_gradients(made, x, context())
+    slotted = with_dispatch(made, dispatch="dropless", grouped_matmul="slots")
+    got, routed, got_gradients = value_and_gradients(slotted, x, context())
+    assert set(np.asarray(routed.index).reshape(-1)) == {0, 2}
+    np.testing.assert_allclose(got, want, **TOLERANCE)
     for name, gradient in want_gradients.items():
         np.testing.assert_allclose(got_gradients[name], gradient, **TOLERANCE, err_msg=name)
 

@@ -73,6 +73,7 @@ def test_sets_of_all_experts_are_plain_top_k_in_everything():
     [
         {"dispatch": "dropless", "grouped_matmul": "blocks"},
         {"dispatch": "dropless", "grouped_matmul": "ragged"},
+        {"dispatch": "dropless", "grouped_matmul": "slots"},
         {"dispatch": "capacity"},
     ],
     ids=lambda o: "-".join(o.values()),

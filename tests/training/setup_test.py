@@ -18,7 +18,7 @@ def _values(state: nnx.State) -> dict[str, np.ndarray]:
     return {name: np.asarray(variable[...]) for name, variable in tree.leaves(state).items()}
 
 
-@pytest.mark.parametrize(("platform", "chosen"), [("tpu", "ragged"), ("cpu", "blocks"), ("gpu", "blocks")])
+@pytest.mark.parametrize(("platform", "chosen"), [("tpu", "ragged"), ("cpu", "blocks"), ("gpu", "slots")])
 def test_the_grouped_matmul_is_chosen_by_the_platform(platform, chosen):
     config = examples.run_config().model
     assert setup.resolve(config, platform).moe.grouped_matmul == chosen
