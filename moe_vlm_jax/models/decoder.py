@@ -322,8 +322,9 @@ class Decoder(nnx.Module):
             return (x, other), outputs
 
         # Where the backward pass runs the body again, or two streams do in one: the body dequantises its weights. Else
-        # the layers do it themselves (quant/matmul.py), at the same cost and without a checkpoint around the body.
-        once = self.config.remat != "none" or streams[1] is not None
+        # the layers do it themselves (quant/matmul.py), at the same cost and without a checkpoint around the body. So
+        # does a step of decoding, which leaves alone the experts that nobody chose.
+        once = caches is None and (self.config.remat != "none" or streams[1] is not None)
         watched = tuple(None if w is None else {"tap": w.tap, "weight": w.weight} for w in watch)
         xs = (state, other_state, keys, noise, watched, caches)
         makes_weights = sharding.gathers(self.mesh) or streams[1] is not None

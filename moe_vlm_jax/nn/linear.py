@@ -86,6 +86,8 @@ class ExpertLinear(nnx.Module):
         kernel = layout.select(self.kernel.get_value())
         if isinstance(kernel, stored.Transposed):  # of a single expert, who takes all rows
             y = kernel.rows_times(rows, rows.dtype)
+        elif matmul.is_matrix(kernel):  # likewise
+            y = matmul.apply(jnp.matmul, rows, kernel)
         else:
             y = matmul.apply(_layout_matmul, rows, kernel, layout)
         if listen is not None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_vlm_jax.quant import few_rows
 from moe_vlm_jax.quant import tensor as tensor_lib
 
 # (rows, kernel, *extra) -> result, linear in rows; extra are integer arrays, such as the expert of a block.
@@ -22,7 +23,8 @@ def apply(multiply: Multiply, rows: jax.Array, kernel: Any, *extra: Any) -> jax.
     """Returns multiply(rows, kernel, *extra) with the kernel as an array of the rows' dtype.
 
     Args:
-      multiply: linear in rows; a static function, not a closure over arrays.
+      multiply: linear in rows; a static function, not a closure over arrays. Of jnp.matmul it is known what it does,
+        and a GPU may do it in another way.
       rows: float[..., in].
       kernel: an array, or a QuantizedTensor, which gets no gradient.
       extra: integer arrays, without a gradient.
@@ -32,9 +34,20 @@ def apply(multiply: Multiply, rows: jax.Array, kernel: Any, *extra: Any) -> jax.
     return multiply(rows, kernel.astype(rows.dtype), *extra)
 
 
+def is_matrix(kernel: Any) -> bool:
+    """Returns whether a kernel, an array or a QuantizedTensor, is one matrix and no stack of them."""
+    return not kernel.leading if tensor_lib.is_quantized(kernel) else kernel.ndim == 2
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _frozen(multiply: Multiply, rows: jax.Array, kernel: tensor_lib.QuantizedTensor, *extra: Any) -> jax.Array:
-    return multiply(rows, tensor_lib.dequantize(kernel, rows.dtype), *extra)
+    def dequantized(rows: jax.Array, kernel: tensor_lib.QuantizedTensor) -> jax.Array:
+        return multiply(rows, tensor_lib.dequantize(kernel, rows.dtype), *extra)
+
+    if multiply is not jnp.matmul or not few_rows.fits(rows, kernel):
+        return dequantized(rows, kernel)
+    on_gpu = few_rows.product
+    return jax.lax.platform_dependent(rows, kernel, cuda=on_gpu, rocm=on_gpu, default=dequantized)
 
 
 def _frozen_fwd(multiply, rows, kernel, *extra):

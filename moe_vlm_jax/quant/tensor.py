@@ -124,13 +124,28 @@ def dequantize(tensor: QuantizedTensor, dtype: jax.typing.DTypeLike) -> jax.Arra
             tpu=functools.partial(_unpacked_by_repeating, shape=blocks),
             default=functools.partial(_unpacked, shape=blocks),
         )
-        values = _nf4_values(nibbles) if tensor.kind == "nf4" else nibbles.astype(jnp.float32) - 8.0
+        values = _decoded(nibbles, tensor.kind)
     kernel = (values * scale).astype(dtype)
     if not tensor.flattened:
         return kernel.reshape(*tensor.leading, *tensor.shape)
     size = tensor.shape[0] * tensor.shape[1]
     flat = kernel.reshape(*tensor.leading, -1)[..., :size]
     return jnp.swapaxes(flat.reshape(*tensor.leading, tensor.shape[1], tensor.shape[0]), -1, -2)
+
+
+def unscaled(tensor: QuantizedTensor) -> tuple[jax.Array, ...]:
+    """Returns a matrix's values before scaling, float32[in / block, block / n, out] for n that share a byte.
+
+    The first has inputs 0, n, 2 n, ... of every block, the second 1, n + 1, ...
+
+    Args:
+      tensor: without leading axes, not flattened.
+    """
+    shape = (-1, tensor.block // (1 if tensor.kind == "int8" else 2), tensor.shape[1])
+    codes = tensor.codes.reshape(shape)
+    if tensor.kind == "int8":
+        return (codes.astype(jnp.float32),)
+    return _decoded(codes >> 4, tensor.kind), _decoded(codes & jnp.uint8(15), tensor.kind)
 
 
 def format_of(tensor: QuantizedTensor) -> Format:
@@ -190,9 +205,11 @@ def _unpacked_by_repeating(codes: jax.Array, shape: tuple[int, ...]) -> jax.Arra
     return jnp.where(odd == 1, both & jnp.uint8(15), both >> 4)
 
 
-def _nf4_values(codes: jax.Array) -> jax.Array:
+def _decoded(nibbles: jax.Array, kind: str) -> jax.Array:
     """uint8[...] below 16 -> float32[...]."""
-    return jax.lax.platform_dependent(codes, cuda=_nf4_looked_up, rocm=_nf4_looked_up, default=_nf4_by_halving)
+    if kind == "int4":
+        return nibbles.astype(jnp.float32) - 8.0
+    return jax.lax.platform_dependent(nibbles, cuda=_nf4_looked_up, rocm=_nf4_looked_up, default=_nf4_by_halving)
 
 
 def _nf4_looked_up(codes: jax.Array) -> jax.Array:

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from moe_vlm_jax import config as config_lib
+from moe_vlm_jax.decoding import engine, layout, loop
 from moe_vlm_jax.decoding import generate as generate_lib
-from moe_vlm_jax.decoding import layout
 from moe_vlm_jax.models import adapters, vlm
 from moe_vlm_jax.nn import stored
 from moe_vlm_jax.quant import state as quant
@@ -92,3 +92,26 @@ def test_quantised_kernels_stay_quantised():
     experts = leaves_of_kind(params, stored.Apart)
     assert experts and all(isinstance(e, tensor_lib.QuantizedTensor) for kernel in experts for e in kernel.experts)
     assert {e.leading for kernel in experts for e in kernel.experts} == {(1,)}
+
+
+def always_computed(jaxpr) -> set[tuple[int, ...]]:
+    """Returns the shapes of what a jaxpr computes, whichever branches its conditionals take."""
+    shapes = set()
+    for equation in jaxpr.eqns:
+        shapes |= {variable.aval.shape for variable in equation.outvars}
+        if equation.primitive.name != "cond":
+            for inner in (getattr(value, "jaxpr", value) for value in equation.params.values()):
+                shapes |= always_computed(inner) if hasattr(inner, "eqns") else set()
+    return shapes
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_step_of_decoding_dequantises_the_chosen_experts_only_however_training_rematerialised(remat):
+    moe = dataclasses.replace(QUANTISED.moe, layers=(0, 1, 2))
+    config = dataclasses.replace(QUANTISED, remat=remat, moe=moe)
+    graphdef, params = layout.apart(*make(config), num_rows=1, donate=False)
+    rows = engine._empty_rows(graphdef, params, num_rows=1, length=8)
+    step = jax.make_jaxpr(lambda params, rows: loop.advance(nnx.merge(graphdef, params), rows, jnp.zeros(1, jnp.int32)))
+    made = step(params, rows)
+    kernel = (config.decoder.embed_dim, config.decoder.mlp_dim)
+    assert f"f32[{kernel[0]},{kernel[1]}]" in str(made) and kernel not in always_computed(made.jaxpr)
