@@ -26,6 +26,7 @@ GROUPS = {
     "stgc": ("stgc",),
     "expert_parallel": ("expert_parallel",),
     "moe_tuning": ("moe_tuning",),
+    "gpu": ("gpu",),
 }
 COLUMNS = ("group", "name", "value", "unit", "against")
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import data, expert_parallel, pairing, run, workload
+from benchmarks import data, expert_parallel, gpu, pairing, run, workload
 from moe_vlm_jax.moe import dispatch as dispatch_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -39,6 +39,16 @@ def test_every_text_token_but_the_first_of_a_row_is_learned():
 def test_the_data_benchmark_starts_from_random_weights():
     """A config with a base of its own would have to train that first."""
     assert data._config(batch_size=2).training.base == ""
+
+
+def test_what_a_gpu_times_is_timed_here_too(monkeypatch):
+    monkeypatch.setattr(gpu, "ROUNDS", 2)
+    monkeypatch.setattr(gpu, "CALLS", 1)
+    found = {f["name"]: f["value"] for f in [*gpu.timed_products(64, 32, (1, 5)), *gpu.timed_experts(64, 128, 64)]}
+    for rows in (1, 5):
+        assert found[f"product_time_ratio_bf16_{rows}"] > 0 and found[f"product_time_ratio_dequantised_{rows}"] > 0
+        assert found[f"product_bandwidth_share_{rows}"] is None  # of a card that is not known
+    assert found["experts_time_ratio_blocks"] > 0
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """NVIDIA GPUs that a step can be compiled for without having one: jax 0.12 or newer with its CUDA plug-in.
 
-    pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt    (the versions of the installed jax)
+    pip install '.[plan-gpu]'
 
 The plug-in compiles for a description of the card, XLA's GpuTargetConfigProto. Nothing chooses kernels by timing them
 there (no autotuning), and the card's own libraries are not asked, so memory and code are indicative.
@@ -69,15 +69,20 @@ def describe(name: str, count: int) -> list[Any]:
             f"target {name!r} is compiled by jax {FIRST_JAX[0]}.{FIRST_JAX[1]} or newer (Python 3.12) with its CUDA "
             f"plug-in, but jax is {jax.__version__} and {PLUGIN} is "
             f"{'installed' if importlib.util.find_spec(PLUGIN) else 'not installed'}; run "
-            f"pip install 'jax>={FIRST_JAX[0]}.{FIRST_JAX[1]},<0.13' and pip install --no-deps jax-cuda13-plugin "
-            f"jax-cuda13-pjrt of the same version, or plan for 'gpu:{size}', which compares bytes only."
+            f"pip install '.[plan-gpu]' there, or plan for 'gpu:{size}', which compares bytes only."
         )
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it asks for a driver, which only running needs
     from jax.experimental import topologies
 
-    described = topologies.get_topology_desc(
-        platform="cuda", topology_name=name, target_config=target_config(gpu), topology=f"1x1x{count}"
-    )
+    try:
+        described = topologies.get_topology_desc(
+            platform="cuda", topology_name=name, target_config=target_config(gpu), topology=f"1x1x{count}"
+        )
+    except NotImplementedError as error:
+        raise ValueError(
+            f"target {name!r} is compiled by {PLUGIN}, which jax left out when it started, as it found no driver; set "
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 before Python starts, or describe the card before jax computes anything."
+        ) from error
     return list(described.devices)
 
 

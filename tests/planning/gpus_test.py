@@ -4,9 +4,11 @@ import importlib.util
 
 import jax
 import pytest
+from jax.experimental import topologies
 
 from moe_vlm_jax import config as config_lib
 from moe_vlm_jax.planning import gpus, targets
+from tests import cuda
 
 
 def test_a_card_is_described_as_the_text_of_xlas_proto():
@@ -33,6 +35,17 @@ def test_without_what_compiles_for_it_a_card_says_what_to_install(monkeypatch, v
     assert "'rtx4090' is compiled by jax 0.12 or newer" in str(caught.value)
 
 
+def test_a_plug_in_that_jax_left_out_says_how_to_have_it(monkeypatch):
+    def left_out(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(jax, "__version_info__", gpus.FIRST_JAX)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(topologies, "get_topology_desc", left_out)
+    with pytest.raises(ValueError, match=r"'h100' is compiled by .* set JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 before"):
+        gpus.describe("h100", 1)
+
+
 @pytest.mark.parametrize("name", ["h100:x", "h100:0"])
 def test_a_number_of_cards_is_a_number(name):
     with pytest.raises(ValueError, match="must give the number of cards, like h100:8"):
@@ -51,10 +64,7 @@ def test_cards_of_a_mesh_are_described(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    jax.__version_info__[:2] < gpus.FIRST_JAX or importlib.util.find_spec(gpus.PLUGIN) is None,
-    reason="needs jax 0.12 or newer with its CUDA plug-in (pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt)",
-)
+@cuda.needs_plug_in
 @pytest.mark.parametrize("name", gpus.GPUS)
 def test_the_plug_in_knows_every_card(name):
     first = gpus.describe(name, 2)[0]

@@ -1,7 +1,5 @@
 """Products of few rows as a GPU does them: here on the CPU, as they are plain jax, against the dequantised kernel."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +11,7 @@ from moe_vlm_jax.moe import layouts
 from moe_vlm_jax.nn import linear
 from moe_vlm_jax.planning import gpus
 from moe_vlm_jax.quant import few_rows, matmul, tensor
+from tests import cuda
 
 FORMATS = [
     tensor.Format(kind, block, double)
@@ -84,10 +83,7 @@ def test_the_gradient_for_few_rows_is_that_of_the_dequantised_kernel():
     np.testing.assert_allclose(found, jnp.cos(rows @ dense) @ dense.T, atol=1e-4)
 
 
-@pytest.mark.skipif(
-    jax.__version_info__[:2] < gpus.FIRST_JAX or importlib.util.find_spec(gpus.PLUGIN) is None,
-    reason="needs jax 0.12 or newer with its CUDA plug-in (pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt)",
-)
+@cuda.needs_plug_in
 @pytest.mark.parametrize(("num_rows", "most"), [(1, 1.6), (2, 1.9), (4, 3.6)])
 def test_a_gpu_reads_the_codes_once_for_every_two_rows(num_rows, most):
     """Measured in what the compiled program moves over what is stored; writing the kernel in bfloat16 makes it 9."""

@@ -1,7 +1,6 @@
 """What a GPU does in another way gives the same bits (here on the CPU, as it is plain jax), and compiles as meant."""
 
 import functools
-import importlib.util
 import re
 
 import jax
@@ -11,6 +10,7 @@ import pytest
 
 from moe_vlm_jax.planning import gpus
 from moe_vlm_jax.quant import codebooks, matmul, tensor
+from tests import cuda
 
 NF4 = tensor.Format("nf4", 64, double=True)
 
@@ -34,10 +34,7 @@ def test_the_program_for_a_gpu_looks_values_up(platform):
     assert lookups(platform) == lookups("cpu") + 1
 
 
-@pytest.mark.skipif(
-    jax.__version_info__[:2] < gpus.FIRST_JAX or importlib.util.find_spec(gpus.PLUGIN) is None,
-    reason="needs jax 0.12 or newer with its CUDA plug-in (pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt)",
-)
+@cuda.needs_plug_in
 def test_no_table_is_spread_over_the_weights_and_kept():
     """XLA:GPU takes what does not change out of the loop over layers, and sixteen float32 values for every weight."""
     layers, experts, width, wide = 4, 4, 256, 512
