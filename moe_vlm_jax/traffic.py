@@ -110,10 +110,12 @@ class _Walk:
         parts = [scope[name] for name in root.operands] if root.opcode == "tuple" else [root]
         # A lone result's place is printed where the fusion is called, the results of several at the root too.
         outside = instruction.shape if instruction.opcode == "fusion" else root.shape
-        places = _ARRAY.findall(root.shape) if root.opcode == "tuple" else [outside]
-        total = 0.0
-        for part, place in zip(parts, places, strict=True):
-            stored = stored_bytes(place)
+        places = _ARRAY.findall(outside if root.opcode != "tuple" else root.shape)
+        total, first = 0.0, 0
+        for part in parts:
+            count = len(_ARRAY.findall(part.shape))  # a reduction of several arrays has several results
+            stored = sum(map(stored_bytes, places[first : first + count]))
+            first += count
             while part.opcode in _VIEWS and part.operands:
                 part = scope[part.operands[0]]
             match part.opcode:

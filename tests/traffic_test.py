@@ -93,6 +93,36 @@ ENTRY %main (p: f32[9,64], i: s32[], x: f32[64]) -> f32[9,64] {
     assert traffic.memory_bytes(text) == 4 + 2 * 4 * 64  # the index, and the row read and written
 
 
+def test_a_fusion_of_reductions_with_several_results_writes_all_of_them():
+    text = """HloModule jit_f, is_scheduled=true
+
+%best (a: f32[], i: s32[], b: f32[], j: s32[]) -> (f32[], s32[]) {
+  %a = f32[] parameter(0)
+  %i = s32[] parameter(1)
+  %b = f32[] parameter(2)
+  %j = s32[] parameter(3)
+  ROOT %t = (f32[], s32[]) tuple(%a, %i)
+}
+
+%reduced (x: f32[9,64], i: s32[9,64]) -> ((f32[9], s32[9]), f32[9,64]) {
+  %x = f32[9,64]{1,0} parameter(0)
+  %i = s32[9,64]{1,0} parameter(1)
+  %low = f32[] constant(-inf)
+  %zero = s32[] constant(0)
+  %two = (f32[9]{0}, s32[9]{0}) reduce(%x, %i, %low, %zero), dimensions={1}, to_apply=%best
+  %y = f32[9,64]{1,0} negate(%x)
+  ROOT %out = ((f32[9]{0}, s32[9]{0}), f32[9,64]{1,0}) tuple(%two, %y)
+}
+
+ENTRY %main (x: f32[9,64], i: s32[9,64]) -> ((f32[9], s32[9]), f32[9,64]) {
+  %x = f32[9,64]{1,0} parameter(0)
+  %i = s32[9,64]{1,0} parameter(1)
+  ROOT %f = ((f32[9]{0}, s32[9]{0}), f32[9,64]{1,0}) fusion(%x, %i), kind=kInput, calls=%reduced
+}
+"""
+    assert traffic.memory_bytes(text) == 4 * (2 * 9 * 64 + 2 * 9 + 9 * 64)
+
+
 def test_a_loop_bound_that_depends_on_data_is_an_error():
     def power(count, x):
         return lax.while_loop(lambda c: c[0] < count, lambda c: (c[0] + 1, c[1] @ c[1]), (0, x))[1]
