@@ -19,6 +19,7 @@ import numpy as np
 from moe_vlm_jax import batch as batch_lib
 
 FILE = "clusters.npz"  # of a run, in its workdir
+NUM_WORDS = 32  # whose embeddings are kept, to know those of the checkpoint again
 
 
 class Clusters:
@@ -26,11 +27,13 @@ class Clusters:
 
     Attributes:
       centroids: float32[K, D].
-      digest: of them, a short name.
+      words: {id: float32[D]} some words' embeddings, of the checkpoint that the clusters are for; {} if nobody knows.
+      digest: of the centroids, a short name.
     """
 
-    def __init__(self, centroids: np.ndarray):
+    def __init__(self, centroids: np.ndarray, words: dict[int, np.ndarray] | None = None):
         self.centroids = np.array(centroids, np.float32)
+        self.words = {} if words is None else words
         self.digest = hashlib.sha256(repr(self.centroids.shape).encode() + self.centroids.tobytes()).hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
@@ -102,7 +105,9 @@ def write(path: str | os.PathLike, clusters: Clusters, about: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        np.savez_compressed(file, centroids=clusters.centroids, about=np.array(json.dumps(about)))
+        ids, words = np.array(list(clusters.words), np.int64), np.array(list(clusters.words.values()), np.float32)
+        told = np.array(json.dumps(about))
+        np.savez_compressed(file, centroids=clusters.centroids, word_ids=ids, words=words, about=told)
     partial.replace(path)
 
 
@@ -117,13 +122,13 @@ def read(path: str | os.PathLike) -> Clusters:
     """Returns the clusters of a file that `write` wrote. ValueError: it is none."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            centroids = file["centroids"]
+            centroids, words = file["centroids"], dict(zip(file["word_ids"].tolist(), file["words"], strict=True))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"model.moe.clusters={os.fspath(path)!r} is no file of clusters ({error}); make one with python -m "
             "moe_vlm_jax.cluster_questions."
         ) from error
-    return Clusters(centroids)
+    return Clusters(centroids, words)
 
 
 def _of_tree(reduce, values: jax.Array, tree: jax.Array) -> jax.Array:

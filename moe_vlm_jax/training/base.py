@@ -15,12 +15,13 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
 
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import sharding, tree, validation
+from moe_vlm_jax import distributed, sharding, tree, validation
 from moe_vlm_jax.hf import adapter_readers
 from moe_vlm_jax.hf import adapters as hf_adapters
 from moe_vlm_jax.hf import configs as hf_configs
@@ -197,6 +198,25 @@ def narrow(params: nnx.State, dtype: str) -> nnx.State:
 
     pairs = [(path, cast(variable, "/".join(map(str, path)))) for path, variable in nnx.to_flat_state(params)]
     return nnx.from_flat_state(pairs)
+
+
+def check_words(config: config_lib.ModelConfig, frozen: nnx.State) -> None:
+    """Raises ValueError if clusters of questions were made of other word embeddings than these."""
+    if not config.routes_by_question:
+        return
+    clusters = question_clusters.read(config.moe.clusters)
+    embedding: Any = tree.leaves(frozen)["decoder/embed/embedding"].get_value()
+    ids, words = np.array(list(clusters.words), np.int32), np.array(list(clusters.words.values()))
+    known = clusters.centroids.shape[1] == embedding.shape[1]
+    if known and len(ids):
+        # An id beyond the vocabulary gets the last word's embedding, which is no other's.
+        found = distributed.to_host(jax.jit(lambda table: table[ids])(embedding)).astype(np.float32)
+        known = np.allclose(found, words, rtol=2.0**-8, atol=1e-30)  # either may be in bfloat16
+    if not known:
+        raise ValueError(
+            f"model.moe.clusters={config.moe.clusters!r} were made of other word embeddings than the run starts from: "
+            "their centroids mean nothing there; make them again with python -m moe_vlm_jax.cluster_questions."
+        )
 
 
 def shardings(state: Any) -> Any:

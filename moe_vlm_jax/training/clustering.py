@@ -116,7 +116,9 @@ def make(
         "explained": found.explained,
         "seed": seed,
     }
-    question_clusters.write(target, question_clusters.Clusters(found.centroids), about)
+    kept = np.linspace(0, len(words) - 1, question_clusters.NUM_WORDS).round().astype(int).tolist()
+    clusters = question_clusters.Clusters(found.centroids, {i: words[i] for i in kept})
+    question_clusters.write(target, clusters, about)
     return table(found, vectors, asked, tokenize.load_tokenizer(config.data.tokenizer))
 
 

@@ -274,17 +274,20 @@ def initial_params(model: Model, config: config_lib.RunConfig) -> tuple[nnx.Stat
 
     Random weights are those of training.seed, whatever the mesh.
     """
-    if config.training.base:
-        abstract = nnx.merge_state(model.trainable, model.frozen)
-        return _parts(base.load(abstract, model.config, config.training, model.mesh), config)
 
     def init(key: jax.Array) -> tuple[nnx.State, nnx.State]:
         params = nnx.state(vlm.VLM(model.config, rngs=nnx.Rngs(key)))
         return _parts(quant.quantize_chosen(params, model.config.quant), config)
 
-    shardings = (base.shardings(model.trainable), base.shardings(model.frozen))
-    # The key is an argument, not a constant: one compiled program serves all seeds.
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(config.training.seed))
+    if config.training.base:
+        abstract = nnx.merge_state(model.trainable, model.frozen)
+        made = _parts(base.load(abstract, model.config, config.training, model.mesh), config)
+    else:
+        shardings = (base.shardings(model.trainable), base.shardings(model.frozen))
+        # The key is an argument, not a constant: one compiled program serves all seeds.
+        made = jax.jit(init, out_shardings=shardings)(jax.random.key(config.training.seed))
+    base.check_words(model.config, made[1])
+    return made
 
 
 def show_coverage(model: Model, workdir: str | pathlib.Path) -> None:

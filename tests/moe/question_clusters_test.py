@@ -100,7 +100,11 @@ def test_clusters_are_read_as_written_and_equal_by_content(tmp_path):
     question_clusters.write(tmp_path / "new" / "clusters.npz", CLUSTERS, {"base": "x"})
     found = question_clusters.read(tmp_path / "new" / "clusters.npz")
     np.testing.assert_array_equal(found.centroids, CLUSTERS.centroids)
-    assert found == CLUSTERS and hash(found) == hash(CLUSTERS)
+    assert found == CLUSTERS and hash(found) == hash(CLUSTERS) and found.words == {}
+    words = {3: np.ones(DIM, np.float32), 8: np.zeros(DIM, np.float32)}
+    question_clusters.write(tmp_path / "c.npz", question_clusters.Clusters(CLUSTERS.centroids, words), {})
+    found = question_clusters.read(tmp_path / "c.npz")
+    assert list(found.words) == [3, 8] and found.words[3].tolist() == [1.0] * DIM and found == CLUSTERS
     other = CLUSTERS.centroids.copy()
     other[0, 0] += 1
     assert question_clusters.Clusters(other) != CLUSTERS

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -93,6 +94,28 @@ def test_a_base_whose_routers_look_at_hidden_states_is_refused(tmp_path):
     config.model.moe.router, config.model.moe.clusters = "cluster", str(file)
     with pytest.raises(ValueError, match=r"brings routers over hidden states, but model.moe.router='cluster' has a"):
         setup.initial_params(setup.make_model(config), config)
+
+
+def test_clusters_of_other_word_embeddings_are_refused(tmp_path):
+    config, file = routed_config(tmp_path / "images"), tmp_path / "clusters.npz"
+    clustering.make(config, file, **SETTINGS)
+    made = question_clusters.read(file)
+    assert len(made.words) == question_clusters.NUM_WORDS
+
+    def start(clusters: question_clusters.Clusters) -> None:
+        question_clusters.write(file, clusters, {})
+        config.model.moe.router, config.model.moe.clusters = "cluster", str(file)
+        setup.initial_params(setup.make_model(config), config)
+
+    start(made)
+    start(question_clusters.Clusters(made.centroids))  # of unknown words: nothing to compare
+    start(question_clusters.Clusters(made.centroids, {i: w.astype(jnp.bfloat16) for i, w in made.words.items()}))
+    for other in (
+        {i: 1.01 * word for i, word in made.words.items()},
+        {i + 10_000: word for i, word in made.words.items()},
+    ):
+        with pytest.raises(ValueError, match=r"clusters='.*' were made of other word embeddings .*cluster_questions"):
+            start(question_clusters.Clusters(made.centroids, other))
 
 
 def test_a_model_without_experts_has_nothing_to_choose(tmp_path):
