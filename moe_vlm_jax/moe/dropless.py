@@ -54,15 +54,13 @@ def dropless(
         return one_by_one(x, routed, experts)
     active = jnp.any(routed.weight > 0, axis=-1, keepdims=True)
     expert = jnp.where(active, routed.index, num_experts)  # [M, k]; E: goes nowhere
+    given = (x, expert, routed.weight, experts)
     if grouped_matmul == "slots":
         slots = dispatch_lib.capacity_of(tokens, total_experts, top_k, factor=ROOM, minimum=1)
         slots = min(slots, tokens)  # a token chooses an expert once
-        return _slots_first(x, expert, routed.weight, experts, num_experts, slots, block_rows, probe)
+        return _slots_first(*given, num_experts=num_experts, slots=slots, block_rows=block_rows, probe=probe)
     return _sorted(
-        x,
-        expert,
-        routed.weight,
-        experts,
+        *given,
         num_experts=num_experts,
         most=tokens * min(top_k, num_experts),  # a token's choices differ, so no more of them are here
         block_rows=None if grouped_matmul == "ragged" else block_rows,
@@ -149,6 +147,7 @@ def _slots_first(
     expert: jax.Array,
     weight: jax.Array,
     experts: dispatch_lib.Experts,
+    *,
     num_experts: int,
     slots: int,
     block_rows: int,
@@ -158,6 +157,16 @@ def _slots_first(
 
     The others' round is skipped while there are none, and is run again in the backward pass: what it would keep for
     that is as large as what the first round keeps, mostly zeros.
+
+    Args:
+      x: float[M, D].
+      expert: int32[M, k]; E goes nowhere.
+      weight: float32[M, k].
+      experts: the layer's experts.
+      num_experts: E.
+      slots: of each expert, at most M.
+      block_rows: of a block of the others, at least.
+      probe: float32[M, k, n] or None.
     """
     tokens, top_k = expert.shape
     _, rank = _queue(expert.reshape(-1), num_experts)
@@ -174,17 +183,8 @@ def _slots_first(
 
     @jax.checkpoint
     def others() -> jax.Array:
-        return _sorted(
-            x,
-            left,
-            weight,
-            experts,
-            num_experts=num_experts,
-            most=most,
-            block_rows=block,
-            skip_empty=False,
-            probe=probe,
-        )
+        settings = {"num_experts": num_experts, "most": most, "block_rows": block, "skip_empty": False, "probe": probe}
+        return _sorted(x, left, weight, experts, **settings)
 
     with jax.named_scope(hlo.RARELY):  # planning counts the cheaper branch
         return y + jax.lax.cond(_anywhere(jnp.any(left < num_experts)), others, lambda: jnp.zeros_like(y))
