@@ -125,6 +125,7 @@ def test_the_import_walk_finds_imports_inside_functions():
     assert imported_parts(source) == {"nn", "hf", "tree"}
 
 
+@pytest.mark.slow
 def test_importing_the_package_touches_no_device():
     # Command lines define the same flags, so each gets a process of its own.
     library = [module for module in MODULES if part_of(module) not in COMMAND_LINES]

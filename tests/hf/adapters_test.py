@@ -228,6 +228,7 @@ class Tree(torch.nn.Module):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", ["phi", "qwen"])
 def test_every_expert_of_the_reference_gets_its_own_update_from_peft(table, tmp_path):
     config = moe_llava_config(table)

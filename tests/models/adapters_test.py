@@ -119,6 +119,7 @@ def test_two_experts_given_the_same_input_with_different_adapters_differ():
     assert np.abs(apart[1] - apart[2]).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dispatch", ["dropless", "capacity", "dense"])
 def test_adapters_of_experts_that_no_token_chose_have_exactly_no_gradient(dispatch):
     config = lora_config(targets=(r".*/moe/experts/(up|gate|down)",))

@@ -77,6 +77,7 @@ def test_kernel_by_kernel_gives_the_same_as_all_at_once(kind):
             np.testing.assert_allclose(np.asarray(array[index]), expected[index], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_only_adapted_kernels_are_quantised_again():
     config, params = adapted("nf4")
     before = quant.quantized_leaves(params)

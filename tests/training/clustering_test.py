@@ -96,6 +96,7 @@ def test_a_base_whose_routers_look_at_hidden_states_is_refused(tmp_path):
         setup.initial_params(setup.make_model(config), config)
 
 
+@pytest.mark.slow
 def test_clusters_of_other_word_embeddings_are_refused(tmp_path):
     config, file = routed_config(tmp_path / "images"), tmp_path / "clusters.npz"
     clustering.make(config, file, **SETTINGS)

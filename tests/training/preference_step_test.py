@@ -122,6 +122,7 @@ def test_the_loss_starts_at_ln_2(beta):
     assert float(metrics["answers/rejected_tokens"]) == pytest.approx(np.mean([4, 3, 4, 3, 4]))
 
 
+@pytest.mark.slow
 def test_steps_move_the_policy_towards_the_chosen_answers_and_nothing_else():
     config = run_config()
     graphdef, trainable, frozen = parts(config)

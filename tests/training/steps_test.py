@@ -150,6 +150,7 @@ def test_bfloat16_parameters_keep_float32_moments():
     assert bool(figures["train/finite"])
 
 
+@pytest.mark.slow
 def test_the_step_counts_text_and_image_tokens_of_all_micro_batches_apart():
     config = _config()
     train_step, state, frozen = _start(config)
