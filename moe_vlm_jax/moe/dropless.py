@@ -158,15 +158,11 @@ def _slots_first(
     The others' round is skipped while there are none, and is run again in the backward pass: what it would keep for
     that is as large as what the first round keeps, mostly zeros.
 
+    Arguments are those of `_sorted`, but for
+
     Args:
-      x: float[M, D].
-      expert: int32[M, k]; E goes nowhere.
-      weight: float32[M, k].
-      experts: the layer's experts.
-      num_experts: E.
       slots: of each expert, at most M.
       block_rows: of a block of the others, at least.
-      probe: float32[M, k, n] or None.
     """
     tokens, top_k = expert.shape
     _, rank = _queue(expert.reshape(-1), num_experts)
