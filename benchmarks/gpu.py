@@ -67,15 +67,19 @@ def compiled() -> Iterator[dict[str, Any]]:
     facts = json.loads(done.stdout.splitlines()[-1])
     for way, suffix in (("ours", ""), ("dequantised", "_dequantised")):
         for rows, ratio in facts["product"][way].items():
-            yield _figure(f"product_bytes_ratio_{rows}{suffix}", ratio, "ratio", "rows, packed kernel and result")
+            yield _figure(f"product_bytes_ratio_{rows}{suffix}", ratio, "ratio", "H100: rows, packed kernel and result")
     for rows, ratio in facts["decode"].items():
-        yield _figure(f"decode_bytes_ratio_{rows}", ratio, "ratio", "weights of all experts, and the cache")
+        yield _figure(f"decode_bytes_ratio_{rows}", ratio, "ratio", "H100: weights of all experts, and the cache")
     slots, blocks = facts["train"]["slots"], facts["train"]["blocks"]
-    yield _figure("qlora_needed_gib", slots["needed"], "GiB", f"temporaries {slots['temporaries']:.2f}")
+    yield _figure("qlora_needed_gib", slots["needed"], "GiB", f"H100: temporaries {slots['temporaries']:.2f}")
     ratio = slots["traffic"] / blocks["traffic"]
-    yield _figure("qlora_traffic_ratio_blocks", ratio, "ratio", f"{slots['traffic']:.0f} / {blocks['traffic']:.0f} GiB")
+    yield _figure(
+        "qlora_traffic_ratio_blocks", ratio, "ratio", f"H100: {slots['traffic']:.0f} / {blocks['traffic']:.0f} GiB"
+    )
     ratio = slots["tflop"] / blocks["tflop"]
-    yield _figure("qlora_flops_ratio_blocks", ratio, "ratio", f"{slots['tflop']:.0f} / {blocks['tflop']:.0f} TFLOP")
+    yield _figure(
+        "qlora_flops_ratio_blocks", ratio, "ratio", f"H100: {slots['tflop']:.0f} / {blocks['tflop']:.0f} TFLOP"
+    )
 
 
 def timed_products(inputs: int, outputs: int, rows_of: tuple[int, ...]) -> Iterator[dict[str, Any]]:

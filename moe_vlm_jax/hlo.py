@@ -46,7 +46,7 @@ class Instruction:
     @property
     def rare(self) -> bool:
         """Whether it is a conditional in the scope RARELY."""
-        return RARELY in self.op_name.split("/")
+        return re.search(rf"\b{RARELY}\b", self.op_name) is not None  # 'rarely/cond', or 'transpose(jvp(rarely))/cond'
 
     def callee(self, attribute: str) -> str:
         """Returns the computation that an attribute names, e.g. body=%region_0."""

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "cost": {"config", "hlo", "models"},
     "quant": {"tree"},
     "nn": {"quant", "sharding"},
-    "moe": {"nn", "hlo"},
+    "moe": {"nn"},
     "models": {"moe", "nn", "quant"},
     "losses": {"batch"},
     "data": {"config", "batch"},

@@ -60,7 +60,7 @@ def describe(name: str, count: int) -> list[Any]:
     """Returns `count` described devices of a card in GPUS, all in one machine.
 
     Raises:
-      ValueError: jax is too old, or its CUDA plug-in is not installed.
+      ValueError: jax is too old, or its CUDA plug-in is not installed, or was left out when jax started.
     """
     gpu = GPUS[name]
     if jax.__version_info__[:2] < FIRST_JAX or importlib.util.find_spec(PLUGIN) is None:
@@ -78,7 +78,7 @@ def describe(name: str, count: int) -> list[Any]:
         described = topologies.get_topology_desc(
             platform="cuda", topology_name=name, target_config=target_config(gpu), topology=f"1x1x{count}"
         )
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # how jax says that no plug-in for this platform has registered
         raise ValueError(
             f"target {name!r} is compiled by {PLUGIN}, which jax left out when it started, as it found no driver; set "
             "JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 before Python starts, or describe the card before jax computes anything."

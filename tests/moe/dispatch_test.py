@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from moe_vlm_jax import config as config_lib
-from moe_vlm_jax import tree
+from moe_vlm_jax import hlo, tree
 from moe_vlm_jax.moe import dispatch, dropless, layer, layouts, router
 
 B, T, D, F, E = 2, 13, 8, 12, 4
@@ -112,6 +112,19 @@ def test_choices_without_a_slot_are_computed_in_a_second_round_that_runs_only_fo
     np.testing.assert_allclose(got[valid], want[valid], **TOLERANCE)
     for name, gradient in want_gradients.items():
         np.testing.assert_allclose(got_gradients[name], gradient, **TOLERANCE, err_msg=name)
+
+
+def test_planning_counts_the_second_round_as_the_exception():
+    """Forward and backward: the programs' conditionals are in the scope by which moe_vlm_jax/hlo.py knows them."""
+    graphdef, params = nnx.split(make_layer(dispatch="dropless", grouped_matmul="slots"))
+
+    def loss(params, x):
+        return jnp.sum(nnx.merge(graphdef, params)(x, context())[0] ** 2)
+
+    text = jax.jit(jax.grad(loss)).lower(params, inputs()).compile().as_text()
+    computations, _ = hlo.parse(text)
+    conditionals = [i for c in computations.values() for i in c.values() if i.opcode == "conditional"]
+    assert len(conditionals) >= 2 and all(i.rare for i in conditionals)
 
 
 def test_slots_hold_every_choice_where_all_tokens_choose_alike():
