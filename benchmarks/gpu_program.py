@@ -24,7 +24,7 @@ from moe_vlm_jax.training import finetuning, setup
 CARD = "h100"
 INPUTS, OUTPUTS = 2560, 10240  # Phi-2's first MLP matrix
 ROWS = (1, 2, 4, 8, 4352)  # the last: a micro-batch of configs/sft.py:phi2-4e
-DECODED_LAYERS, CACHE_LENGTH = 4, 1152
+CACHE_LENGTH = 1152
 FORMAT = tensor.Format("nf4", 64, double=True)
 
 
@@ -53,8 +53,6 @@ def products(device: Any) -> dict[str, dict[int, float]]:
 
 def decoding(config: config_lib.RunConfig, device: Any, num_rows: int) -> float:
     """Returns the bytes that a step of decoding moves / those of the decoder's weights, all experts, and the cache."""
-    decoder = dataclasses.replace(config.model.decoder, num_layers=DECODED_LAYERS)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=decoder))
     model = setup.make_model(config, [device])
     params = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), nnx.merge_state(model.trainable, model.frozen)
